@@ -1,0 +1,459 @@
+"""The parts of gpu_check: each is run as ``python bench/gpu_parts.py PART`` in its own process.
+
+A part writes what it finds line by line into the file ``$GPU_CHECK_NOTES``, so that nothing is lost
+when it is stopped. Without that variable it prints, for use by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import common
+
+WANTED = ("cupy", "torch", "numba", "pytest", "hypothesis", "safetensors", "typer", "rich",
+          "array_api_strict", "autograd")  # fmt: skip
+
+
+class NotRun(Exception):
+    """A part that has nothing to do here, and why."""
+
+
+class Notes:
+    """What a part has found so far."""
+
+    def __init__(self) -> None:
+        path = os.environ.get("GPU_CHECK_NOTES")
+        self.file = open(path, "a", encoding="utf-8") if path else sys.stdout  # noqa: SIM115
+
+    def put(self, **values: Any) -> None:
+        """Set results by name."""
+        for key, value in values.items():
+            self._write("put", key, value)
+
+    def add(self, key: str, value: Any) -> None:
+        """Append to a list."""
+        self._write("add", key, value)
+
+    def _write(self, how: str, key: str, value: Any) -> None:
+        self.file.write(json.dumps([how, key, value]) + "\n")
+        self.file.flush()
+
+
+def seconds_left() -> float:
+    """Until this part is stopped."""
+    return float(os.environ.get("GPU_CHECK_DEADLINE", time.time() + 60)) - time.time()
+
+
+def message(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+# -- devices --------------------------------------------------------------------------------------
+
+
+class Cpu:
+    """NumPy on this machine: stands in for a GPU when the check itself is checked."""
+
+    name = "cpu"
+
+    def __init__(self, device: str = "cpu") -> None:
+        import numpy
+
+        self.xp = numpy
+
+    def synchronize(self) -> None:
+        """Nothing runs behind our back."""
+
+    def event(self) -> Any:
+        return time.perf_counter()
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Seconds between two events."""
+        return float(end - start)
+
+
+class Cuda:
+    """CuPy on one GPU."""
+
+    name = "cuda"
+
+    def __init__(self, device: str) -> None:
+        if not importlib.util.find_spec("cupy"):
+            raise NotRun("CuPy is not installed")
+        import cupy
+
+        if not cupy.is_available():
+            raise NotRun("CuPy finds no usable CUDA device")
+        self.xp = cupy
+        cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()
+
+    def synchronize(self) -> None:
+        self.xp.cuda.get_current_stream().synchronize()
+
+    def event(self) -> Any:
+        event = self.xp.cuda.Event()
+        event.record()
+        return event
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return float(self.xp.cuda.get_elapsed_time(start, end)) / 1e3
+
+
+def open_device(device: str) -> Any:
+    return Cpu() if device.startswith("cpu") else Cuda(device)
+
+
+def torch_device(device: str) -> Any:
+    """PyTorch ready to compute on the same device; NotRun when it cannot."""
+    if not importlib.util.find_spec("torch"):
+        raise NotRun("PyTorch is not installed")
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if device.startswith("cpu"):
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        raise NotRun("PyTorch finds no CUDA device")
+    return torch
+
+
+# -- environment ----------------------------------------------------------------------------------
+
+
+def environment(notes: Notes, options: argparse.Namespace) -> None:
+    """What the machine is and has, and whether gpugrad loads from this checkout."""
+    missing = [name for name in WANTED if not importlib.util.find_spec(name)]
+    notes.put(python=platform.python_version(), system=platform.platform(), missing=missing,
+              versions=common.versions(), kernels_link=(common.ROOT / "gpugrad" / "kernels" /
+                                                        "__init__.py").is_file())  # fmt: skip
+    import gpugrad
+
+    notes.put(gpugrad=str(Path(gpugrad.__file__).parent))
+    if smi := shutil.which("nvidia-smi"):
+        run = subprocess.run([smi], capture_output=True, text=True, timeout=10, check=False)
+        notes.put(nvidia_smi=run.stdout)
+    if options.device.startswith("cpu"):
+        notes.put(gpu={"name": common.machine()["cpu"], "driver": "none", "runtime": "none"})
+    else:
+        cupy = open_device(options.device).xp
+        runtime = cupy.cuda.runtime
+        properties = runtime.getDeviceProperties(cupy.cuda.Device().id)
+        name = properties["name"]
+        notes.put(gpu={
+            "name": name.decode() if isinstance(name, bytes) else name,
+            "driver": driver_version() or runtime.driverGetVersion(),
+            "runtime": runtime.runtimeGetVersion(),
+            "cuda_of_driver": runtime.driverGetVersion(),
+            "compute_capability": cupy.cuda.Device().compute_capability,
+            "multiprocessors": properties["multiProcessorCount"],
+            "memory_MiB": properties["totalGlobalMem"] // 2**20,
+            "tf32": os.environ.get("CUPY_TF32", "0") != "0",
+        })  # fmt: skip
+        answer = gpugrad.tensor([1.0, 2.0], device=options.device, requires_grad=True)
+        (answer * answer).backward(gpugrad.tensor([1.0, 1.0], device=options.device))
+        notes.put(first_gradient=answer.grad.tolist())
+    if "torch" not in missing:
+        import torch
+
+        notes.put(torch_cuda=torch.version.cuda)
+    if "numba" not in missing and not options.small:
+        code = "import numba.cuda as c; print(c.is_available())"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                             timeout=15, check=False)  # fmt: skip
+        notes.put(numba_cuda=(run.stdout or run.stderr).strip().splitlines()[-1:])
+
+
+def driver_version() -> str:
+    """The driver's own number, which the runtime does not tell."""
+    smi = shutil.which("nvidia-smi")
+    if not smi:
+        return ""
+    run = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"],
+                         capture_output=True, text=True, timeout=10, check=False)  # fmt: skip
+    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else ""
+
+
+# -- tests and primitives -------------------------------------------------------------------------
+
+
+def tests(notes: Notes, options: argparse.Namespace) -> None:
+    """Every test marked gpu."""
+    from bench import gpu_tests
+
+    gpu_tests.run(notes, common.ROOT / "tests")
+
+
+def primitives(notes: Notes, options: argparse.Namespace) -> None:
+    """This share of the registry, on the device against the reference."""
+    open_device(options.device)  # says why when there is none
+    from bench import gpu_registry
+
+    names = gpu_registry.names()
+    notes.put(total=len(names))
+    mine = names[options.shard :: options.shards]
+    for name in mine:
+        notes.add("primitives", gpu_registry.compare(name, options.device, options.reference))
+
+
+# -- the main job ---------------------------------------------------------------------------------
+
+
+def main_job(notes: Notes, options: argparse.Namespace) -> None:
+    """Train the digits on the device and on the CPU; the command line is not needed for it."""
+    open_device(options.device)
+    from gpugrad.cli.config import Config, defaults_for
+    from gpugrad.cli.training import start
+    from gpugrad.data import load
+
+    stored = importlib.util.find_spec("safetensors") is not None
+    if not stored:
+        notes.put(note="safetensors is not installed: trained without checkpoints")
+    config = Config("digits", **(defaults_for("digits") | ({"epochs": 2} if options.small else {})))
+    data = load("digits")
+    curves = {}
+    for label, device in (("device", options.device), ("reference", options.reference)):
+        with tempfile.TemporaryDirectory() as folder:
+            run = start(config, data, device, Path(folder))
+            if not stored:
+                run.save = lambda: None  # type: ignore[method-assign]
+            watch = Watch()
+            begin = time.perf_counter()
+            run.train(watch)
+            seconds = time.perf_counter() - begin
+        curves[label] = [row["loss"] for row in watch.rows]
+        notes.put(**{label: {
+            "device": device, "seconds": round(seconds, 2), "loss": curves[label],
+            "accuracy": watch.rows[-1]["test_accuracy"],
+            "samples_per_second": round(watch.rows[-1]["samples_per_second"]),
+        }})  # fmt: skip
+    difference = max(abs(a - b) for a, b in zip(curves["device"], curves["reference"], strict=True))
+    notes.put(curve_difference=difference / curves["reference"][0])
+
+
+class Watch:
+    """Keeps the rows of finished epochs."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def reading(self, reading: Any) -> None:
+        pass
+
+    def epoch(self, row: Any) -> None:
+        self.rows.append(dict(row))
+
+
+# -- overhead -------------------------------------------------------------------------------------
+
+
+def overhead(notes: Notes, options: argparse.Namespace) -> None:
+    """A chain of x*a+b, forward and backward, by gpugrad and by PyTorch, taking turns."""
+    device = open_device(options.device)
+    torch = None
+    try:
+        torch = torch_device(options.device)
+    except NotRun as reason:
+        notes.put(torch=str(reason))
+    length = 50 if options.small else 1000
+    rounds = 3 if options.small else 15
+    profiled = {}
+    for size in (8, 64 if options.small else 1024):
+        makers: dict[str, Callable[..., Any]] = {"gpugrad": gpugrad_chain}
+        if torch is not None:
+            makers["torch"] = torch_chain
+        chains = {name: make(size, options.device, length) for name, make in makers.items()}
+        measured = {name: [] for name in chains}  # type: ignore[var-annotated]
+        for run in chains.values():  # compiles kernels, fills memory pools
+            run()
+            device.synchronize()
+        for _ in range(rounds):
+            for name, run in chains.items():
+                measured[name].append(timed(device, run))
+        row: dict[str, Any] = {"shape": f"{size}x{size}", "length": length, "libraries": {}}
+        for name, samples in measured.items():
+            host, total, event = (list(s) for s in zip(*samples, strict=True))
+            row["libraries"][name] = {
+                f"{key}_us": common.spread(values, 1e6 / length)["median"]
+                for key, values in (("host", host), ("total", total), ("event", event))
+            }
+            row["libraries"][name]["host_quartiles"] = [
+                common.spread(host, 1e6 / length)[q] for q in ("q1", "q3")
+            ]
+        if torch is not None:
+            row["share_of_torch"] = common.ratio(
+                [s[0] for s in measured["gpugrad"]], [s[0] for s in measured["torch"]]
+            )
+        profiled[f"{size}x{size}"] = {n: m(size, options.device, 50) for n, m in makers.items()}
+        counted(row, profiled[row["shape"]], torch, device, notes)
+        notes.add("chains", row)
+
+
+def timed(device: Any, run: Callable[[], Any]) -> tuple[float, float, float]:
+    """Seconds until everything was handed to the device, until it was done, and between events."""
+    device.synchronize()
+    begin = time.perf_counter()
+    first = device.event()
+    run()
+    last = device.event()
+    host = time.perf_counter() - begin
+    device.synchronize()
+    return host, time.perf_counter() - begin, device.elapsed(first, last)
+
+
+def counted(
+    row: dict[str, Any], chains: dict[str, Callable[[], Any]], torch: Any, device: Any, notes: Notes
+) -> None:
+    """Kernels per operation and their own time, as PyTorch's profiler sees them for both."""
+    if torch is None or device.name == "cpu":
+        return
+    try:
+        for name, run in chains.items():
+            run()
+            device.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
+                run()
+                torch.cuda.synchronize()
+            kernels = [e for e in p.events()
+                       if e.device_type == torch.autograd.DeviceType.CUDA
+                       and not e.name.startswith(("Memcpy", "Memset"))]  # fmt: skip
+            microseconds = sum(e.time_range.elapsed_us() for e in kernels)
+            row["libraries"][name] |= {
+                "kernels": round(len(kernels) / 50, 2), "kernel_us": round(microseconds / 50, 3),
+                "kernel_names": sorted({e.name[:60] for e in kernels})[:6],
+            }  # fmt: skip
+    except Exception as error:
+        notes.put(profiler=message(error))
+
+
+def gpugrad_chain(size: int, device: str, length: int) -> Callable[[], Any]:
+    import gpugrad as gg
+
+    x, a, b, g = chain_inputs(size)
+    xt = gg.tensor(x, device=device, requires_grad=True)
+    at, bt, gt = (gg.tensor(v, device=device) for v in (a, b, g))
+
+    def run() -> Any:
+        xt.grad = None
+        y = xt
+        for _ in range(length):
+            y = y * at + bt
+        y.backward(gt)
+        return xt.grad
+
+    return run
+
+
+def torch_chain(size: int, device: str, length: int) -> Callable[[], Any]:
+    import torch
+
+    xt, at, bt, gt = (torch.from_numpy(v).to(device) for v in chain_inputs(size))
+    xt.requires_grad_()
+
+    def run() -> Any:
+        xt.grad = None
+        y = xt
+        for _ in range(length):
+            y = y * at + bt
+        y.backward(gt)
+        return xt.grad
+
+    return run
+
+
+def chain_inputs(size: int) -> list[Any]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, size, size), dtype=np.float32)
+    a = (1 + 1e-3 * rng.standard_normal((size, size))).astype(np.float32)
+    b = (1e-2 * rng.standard_normal((size, size))).astype(np.float32)
+    return [x, a, b, g]
+
+
+# -- ceilings -------------------------------------------------------------------------------------
+
+
+def ceilings(notes: Notes, options: argparse.Namespace) -> None:
+    """What the device can do at best here, and how near plain operations of gpugrad come."""
+    import gpugrad as gg
+
+    device = open_device(options.device)
+    xp = device.xp
+    elements = 2**20 if options.small else 2**27  # 512 MiB of float32
+    source = xp.ones(elements, dtype=xp.float32)
+    target = xp.empty_like(source)
+
+    def copy() -> None:
+        target[...] = source
+
+    def row(what: str, work: float, unit: str, run: Callable[[], Any], repeats: int) -> None:
+        run()
+        seconds = [timed(device, run)[2] for _ in range(repeats)]
+        rates = common.spread([work / s for s in seconds])
+        notes.add("ceilings", {"what": what, "best": common.round_to(work / min(seconds)),
+                               "median": rates["median"], "unit": unit})  # fmt: skip
+
+    repeats = 3 if options.small else 15
+    row("copy, bytes read and written", 8e-9 * elements, "GB/s", copy, repeats)
+    left, right = (gg.asarray(v) for v in (source, target))
+    row("gpugrad add, bytes", 12e-9 * elements, "GB/s", lambda: left + right, repeats)
+    n = 256 if options.small else 8192
+    p = xp.asarray(xp.ones((n, n), dtype=xp.float32)) / n
+    row(f"matmul {n}, float32, TF32 off", 2e-12 * n**3, "TFLOP/s", lambda: p @ p, repeats // 3)
+    square = gg.asarray(p)
+    row(f"gpugrad matmul {n}", 2e-12 * n**3, "TFLOP/s", lambda: square @ square, repeats // 3)
+    try:
+        torch = torch_device(options.device)
+    except NotRun as reason:
+        notes.put(torch=str(reason))
+        return
+    t = torch.ones((n, n), device=options.device) / n
+    row(f"PyTorch matmul {n}, TF32 off", 2e-12 * n**3, "TFLOP/s", lambda: t @ t, repeats // 3)
+
+
+PARTS = {
+    "environment": environment,
+    "tests": tests,
+    "primitives": primitives,
+    "main_job": main_job,
+    "overhead": overhead,
+    "ceilings": ceilings,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", help="primitives-0, primitives-1, … are shares of primitives")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--reference", default="cpu")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=1)
+    options = parser.parse_args(arguments)
+    notes = Notes()
+    try:
+        PARTS[options.part.partition("-")[0]](notes, options)
+    except NotRun as reason:
+        notes.put(not_run=str(reason))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""How a run is shown: a bar on a terminal, plain lines anywhere else, and a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gpugrad.cli.training import Reading
+
+__all__ = ["Display", "result_table"]
+
+
+class Display:
+    """Shows readings as they come; use it as a context manager around the training.
+
+    On a terminal one bar moves; into a file or a pipe goes one line per epoch.
+    """
+
+    def __init__(self, console: Console, epochs: int, done: int) -> None:
+        self.console = console
+        self.epochs = epochs
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=epochs, completed=done, epoch=f"{done}/{epochs}", text=""
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def reading(self, reading: Reading) -> None:
+        """Move the bar."""
+        if self._bar:
+            self._bar.update(
+                self._task,
+                completed=reading.epoch - 1 + reading.step / reading.steps,
+                epoch=f"{reading.epoch}/{self.epochs}",
+                text=(
+                    f"loss {reading.loss:.4f}  accuracy {reading.accuracy:.1%}  "
+                    f"norm {reading.grad_norm:.3g}  {reading.samples_per_second:,.0f} samples/s"
+                ),
+            )
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Say how an epoch ended."""
+        if not self._bar:
+            self.console.print(
+                f"epoch {row['epoch']}/{self.epochs}: loss {row['loss']:.4f}, "
+                f"train {row['train_accuracy']:.2%}, test {row['test_accuracy']:.2%}, "
+                f"gradient norm {row['grad_norm']:.3g}, {row['seconds']:.2f} s, "
+                f"{row['samples_per_second']:,.0f} samples/s",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def result_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line per epoch: loss, accuracies, norm of the gradient before clipping, time."""
+    table = Table(title=title)
+    for name in ("epoch", "loss", "train acc.", "test acc.", "grad norm", "max norm", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["epoch"]),
+            f"{row['loss']:.4f}",
+            f"{row['train_accuracy']:.2%}",
+            f"{row['test_accuracy']:.2%}",
+            f"{row['grad_norm']:.3g}",
+            f"{row['grad_norm_max']:.3g}",
+            f"{row['seconds']:.2f}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""The engine: primitives, graph, tensors, transforms. It knows no formula."""

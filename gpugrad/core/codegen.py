@@ -1,0 +1,546 @@
+"""From a declaration to fast Python: the public function of a primitive, and its node classes.
+
+Most of the cost of an operation on a small array is Python's own: calls, attribute look-ups,
+building objects. So each primitive gets a function written out for its operands, and each set of
+operands that want a gradient gets a node class with exactly the slots that its rules name. The
+text of both is generated here, compiled on first use, and can be read with :func:`source`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+from types import FunctionType
+from typing import Any, NoReturn
+
+from gpugrad.backend import SPACES, Backend, backend_for_device, bind, is_array, on_register
+from gpugrad.core import graph
+from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, GenericNode, Node, Pick, fit, next_seq
+from gpugrad.core.modes import gate, is_grad_enabled, records
+from gpugrad.core.primitive import FACETS, PASS, Primitive, registry
+from gpugrad.core.tensor import SCALARS, Tensor
+from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
+
+_new = object.__new__
+
+#: Added to the mask of a node class that undoes broadcasting.
+FIT = 256
+
+# -- operands -------------------------------------------------------------------------------------
+
+
+def lift(value: Any, peers: Sequence[Any]) -> Any:
+    """The array, Python scalar or None that an operand which is not a tensor stands for.
+
+    A Python scalar stays one next to an array (it is weak: it takes the array's dtype). Lists and
+    NumPy scalars become arrays on the device of the operands beside them.
+    """
+    cls = type(value)
+    peer = next((p.data if isinstance(p, Tensor) else p for p in peers
+                 if isinstance(p, Tensor) or (type(p) not in SCALARS and is_array(p))), None)  # fmt: skip
+    if cls in SCALARS:
+        if peer is not None or value is None:
+            return value
+        return backend_for_device("cpu").asarray(value)
+    if is_array(value) and getattr(value, "ndim", 0):
+        own = SPACES[cls]  # a subclass (numpy.memmap) is read as its library's plain array
+        return value if cls in own.types else own.asarray(value, device=own.device(value))
+    if isinstance(value, str | bytes | dict | set) or (callable(value) and not is_array(value)):
+        raise DTypeError(f"{cls.__name__} is not an array, a number or a nested list of numbers")
+    space: Backend = SPACES[type(peer)] if peer is not None else backend_for_device("cpu")
+    if isinstance(value, list | tuple):
+        value = [v.item() if isinstance(v, Tensor) else v for v in value]
+    return space.asarray(value, device=space.device(peer) if peer is not None else None)
+
+
+def kind_of(first: Any, rest: Sequence[Any]) -> type:
+    """The array class that decides where an operation runs: that of the first array operand."""
+    for x in (first, *(p.data if isinstance(p, Tensor) else p for p in rest)):
+        if type(x) not in SCALARS and is_array(x):
+            return type(x)
+    return type(backend_for_device("cpu").asarray(0.0))
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def show(x: Any) -> str:
+    """An operand in a message: dtype, shape and, off the CPU, device."""
+    if type(x) in SCALARS or not is_array(x):
+        return repr(x) if type(x) in SCALARS else type(x).__name__
+    space = SPACES[type(x)]
+    device = space.device(x)
+    place = "" if device == "cpu" else f" on {device}"
+    return f"{space.numpy_dtype(x)}{list(x.shape)}{place}"
+
+
+def fail(made: Primitive, operands: Sequence[Any], error: Exception) -> NoReturn:
+    """Raise ``error`` again with the operation and what met in it, typed where it is plain."""
+    names = made.operands if not made.variadic else [f"{made.operands[0]}[{i}]" for i in
+                                                     range(len(operands))]  # fmt: skip
+    met = ", ".join(f"{n}: {show(x)}" for n, x in zip(names, operands, strict=False))
+    arrays = [x for x in operands if type(x) not in SCALARS and is_array(x)]
+    if isinstance(error, GpugradError):
+        error.add_note(f"gpugrad.{made.name}({met})")
+        raise error
+    places = {SPACES[type(x)].device(x) for x in arrays} | {SPACES[type(x)].name for x in arrays}
+    if len({(SPACES[type(x)].name, SPACES[type(x)].device(x)) for x in arrays}) > 1 and places:
+        mixed(made, operands)
+    if isinstance(error, ValueError) and len(arrays) > 1:
+        raise ShapeError(
+            f"{made.name}: operands do not fit together ({met}): {error}. {_advice(made)}"
+        ) from error
+    if isinstance(error, TypeError) and arrays:
+        raise DTypeError(f"{made.name}: cannot take ({met}): {error}") from error
+    if isinstance(error, ValueError) and arrays:
+        raise ShapeError(f"{made.name}: cannot take ({met}): {error}") from error
+    error.add_note(f"gpugrad.{made.name}({met})")
+    raise error
+
+
+def _advice(made: Primitive) -> str:
+    if made.elementwise:
+        return (
+            "Shapes broadcast when, from the last axis backward, sizes are equal or one of them "
+            "is 1; use reshape or expand_dims to line them up"
+        )
+    return "Check the operands' shapes against the operation's documentation"
+
+
+def mixed(made: Primitive, operands: Sequence[Any]) -> NoReturn:
+    """Raise for operands that live in different libraries or on different devices."""
+    met = ", ".join(
+        f"{n} is {show(x)} ({SPACES[type(x)].name} on {SPACES[type(x)].device(x)})"
+        for n, x in zip(made.operands * len(operands), operands, strict=False)
+        if type(x) not in SCALARS and is_array(x)
+    )
+    raise DeviceError(
+        f"{made.name}: its operands live on different devices: {met}; move one with "
+        ".to(device) so that both are in one place"
+    )
+
+
+def normalise(y: Any, kind: type) -> Any:
+    """An array in place of the scalar object that some libraries return for a 0-d result."""
+    if type(y) in SCALARS or SPACES[type(y)] is SPACES[kind]:
+        return SPACES[kind].asarray(y)
+    return y
+
+
+# -- implementations ------------------------------------------------------------------------------
+
+
+class _Implementations(dict[type, Callable[..., Any]]):
+    """Array class → the forward bound to its library; found on first use."""
+
+    def __init__(self, made: Primitive) -> None:
+        self.made = made
+
+    def __missing__(self, kind: type) -> Callable[..., Any]:
+        space = SPACES[kind]
+        made = self.made
+        if made.native is not None:
+            found = getattr(space, made.native)
+        else:
+            found = space.bind(partial(made.forward, space))
+        self[kind] = found
+        return found  # type: ignore[no-any-return]
+
+
+def _forget() -> None:
+    for made in registry.values():
+        made.implementations.clear()
+
+
+on_register(_forget)
+
+# -- node classes ---------------------------------------------------------------------------------
+
+
+def node_class(made: Primitive, key: int) -> type[Node]:
+    """The node class for a mask of operands that want a gradient (plus FIT: undo broadcasting).
+
+    It becomes the global ``node_<key>`` of the primitive's function, which asks here only once.
+    """
+    scope: dict[str, Any] = {"Node": Node, "SINGLE": SINGLE, "PAIR": PAIR, "MANY": MANY, "FREED": FREED,
+                             "fit": fit, "made": made, "SPACES": SPACES}  # fmt: skip
+    assert made.rules is not None
+
+    def rebind() -> None:
+        rules = enumerate(made.rules or ())
+        scope.update({f"rule{i}": bind(r.function) for i, r in rules if r is not None})
+
+    rebind()
+    on_register(rebind)
+    exec(_compiled(node_source(made, key), f"<gpugrad {made.name} node {key}>"), scope)
+    cls: type[Node] = scope["Recorded"]
+    cls.__name__ = cls.__qualname__ = f"{made.name}_{key}"
+    made.function.__globals__[f"node_{key}"] = cls
+    return cls
+
+
+def _compiled(text: str, filename: str) -> Any:
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    return compile(text, filename, "exec")
+
+
+def _mask(made: Primitive, key: int) -> tuple[bool, ...]:
+    return tuple(bool(key >> i & 1) for i in range(len(made.operands)))
+
+
+def node_source(made: Primitive, key: int) -> str:
+    """The text of one node class: slots for what its rules name, and the rules called on them."""
+    assert made.rules is not None
+    mask = _mask(made, key)
+    fits = key >= FIT
+    wanted = [i for i, on in enumerate(mask) if on]
+    names = made.saved_names(mask)
+    order = list(made.parameters)
+    slots = [f"p{i}" for i in range(len(wanted))] + [f"s_{n}" for n in names]
+    slots += ["kw"] * bool(order) + ["meta"] * fits
+
+    def call(i: int) -> str:
+        rule = made.rules[i]  # type: ignore[index]
+        assert rule is not None
+        if rule.function is PASS:
+            return f"fit(g, self.meta[{i}])" if fits else "g"
+        values = []
+        for n in rule.names:
+            if n == "g":
+                values.append("g")
+            elif n == "m":
+                values.append("SPACES[g.__class__]")
+            elif n in order:
+                values.append(f"self.kw[{order.index(n)}]")
+            else:
+                values.append(f"self.s_{n}")
+        text = f"rule{i}({', '.join(values)})"
+        return f"fit({text}, self.meta[{i}])" if fits else text
+
+    if len(wanted) == 1:
+        result = call(wanted[0])
+    elif len(wanted) == 2:
+        result = f"(self.p0, {call(wanted[0])}, self.p1, {call(wanted[1])})"
+    else:
+        result = "(" + ", ".join(f"(self.p{k}, {call(i)})" for k, i in enumerate(wanted)) + ")"
+    drop = " = ".join(f"self.{s}" for s in slots)
+    parents = ", ".join(f"({i}, self.p{k})" for k, i in enumerate(wanted))
+    saved = ", ".join(f"{n!r}: self.s_{n}" for n in names)
+    kw = ", ".join(f"{n!r}: self.kw[{k}]" for k, n in enumerate(order))
+    return f"""\
+class Recorded(Node):
+    __slots__ = {tuple(slots)!r}
+    kind = {("SINGLE", "PAIR", "MANY")[len(wanted) - 1]}
+    primitive = made
+    mask = {mask!r}
+    def vjp(self, g):
+        return {result}
+    def pop(self, g):
+        out = {result}
+        self.seq = FREED
+        {drop} = None
+        return out
+    def clear(self):
+        self.seq = FREED
+        {drop} = None
+    def parents(self):
+        return [{parents}]
+    def saved(self):
+        return {{{saved}}}
+    def parameters(self):
+        return {{{kw}}}
+    def metas(self):
+        return {"self.meta" if fits else "None"}
+"""
+
+
+# -- the public function --------------------------------------------------------------------------
+
+
+def _specialised(made: Primitive) -> bool:
+    """Whether nodes of this primitive are generated classes; the rest are generic nodes."""
+    return (made.rules is not None and not made.aux and made.outputs == 1
+            and len(made.operands) <= 3)  # fmt: skip
+
+
+def function_source(made: Primitive) -> str:
+    """The text of a primitive's public function."""
+    operands = made.operands
+    parameters = list(made.parameters.values())
+    optional = [p.default is None for p in inspect.signature(made.forward).parameters.values()][1:]
+    head = [o + "=None" * none for o, none in zip(operands, optional)]
+    head = [f"*{operands[0]}"] if made.variadic else [*head, "/"]
+    star = made.variadic
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and not star:
+            head.append("*")
+            star = True
+        head.append(p.name if p.default is p.empty else f"{p.name}=default_{p.name}")
+    lines = [f"def {made.name}({', '.join(head)}):"]
+    add = lines.append
+    kwargs = "".join(f", {p.name}={p.name}" for p in parameters)
+    if made.variadic:
+        return _variadic_source(made, lines, kwargs)
+    count = range(len(operands))
+    for i in count:
+        name = operands[i]
+        others = "(" + "".join(f"{operands[j]}, " for j in count if j != i) + ")"
+        add(f"    if isinstance({name}, Tensor):")
+        add(f"        u{i} = {name}.data")
+        add(f"        p{i} = {name}._node")
+        if i == 0:
+            add("        kind = u0.__class__")
+        add("    else:")
+        add(f"        u{i} = lift({name}, {others})")
+        add(f"        p{i} = None")
+        if i == 0:
+            add(f"        kind = kind_of(u0, {others})")
+    arrays = ", ".join(f"u{i}" for i in count)
+    for i in count[1:]:
+        add(f"    if u{i}.__class__ is not kind and u{i}.__class__ not in SCALARS:")
+        add(f"        foreign(made, ({arrays},), kind)")
+    target = "y, *aux" if made.aux else "y"
+    add("    try:")
+    add(f"        {target} = implementations[kind]({arrays}{kwargs})")
+    add("    except Exception as error:")
+    add(f"        fail(made, ({arrays},), error)")
+    if made.outputs == 1 and "device" not in made.parameters:
+        add("    if y.__class__ is not kind:")
+        add("        y = normalise(y, kind)")
+    values = "(" + "".join(f"{p.name}, " for p in parameters) + ")"
+    if not _specialised(made):
+        parents = "(" + "".join(f"p{i}, " for i in count) + ")"
+        aux = "aux" if made.aux else "()"
+        add(f"    return record(made, ({arrays},), {parents}, y, {aux}, {values})")
+        return "\n".join(lines)
+    wanted = [i for i in count if made.rules[i] is not None]  # type: ignore[index]
+    nothing = " and ".join(f"p{i} is None" for i in wanted)
+    add("    t = new(Tensor)")
+    add("    t.data = y")
+    add(f"    if {nothing} or gate and not records(t):")
+    add("        t._node = None")
+    add("        return t")
+    # A rule of a unary element-wise or linear primitive always returns the operand's own shape.
+    fits = made.broadcasts and (len(operands) > 1 or not (made.elementwise or made.linear))
+    if fits:
+        test = "False"
+        if made.elementwise and len(operands) == 2:
+            test = "u0.shape == u1.shape and u0.dtype is u1.dtype"
+            test = f"{test} if u0.__class__ is u1.__class__ else True  # else: a Python scalar"
+        add(f"    same = {test}")
+    if len(wanted) == 1:
+        _add_node(made, lines, 1 << wanted[0], "    ", fits)
+    else:
+        keyword = "if"
+        for bits in sorted(range(1, 1 << len(wanted)), key=lambda b: bin(b).count("1")):
+            key = sum(1 << wanted[k] for k in range(len(wanted)) if bits >> k & 1)
+            test = " and ".join(
+                f"p{i} is {'not ' if key >> i & 1 else ''}None" for i in wanted
+            )
+            last = bits == (1 << len(wanted)) - 1
+            add("    else:" if last else f"    {keyword} {test}:")
+            keyword = "elif"
+            _add_node(made, lines, key, "        ", fits)
+    if fits:
+        metas = ", ".join(f"meta_of(u{i})" for i in count)
+        add("    if not same:")
+        add(f"        n.meta = ({metas}, y.shape)")
+    if parameters:
+        add(f"    n.kw = {values}")
+    add("    n.seq = next_seq()")
+    add("    t._node = n")
+    add("    return t")
+    return "\n".join(lines)
+
+
+def _add_node(made: Primitive, lines: list[str], key: int, indent: str, fits: bool) -> None:
+    """The lines that make one node and fill the slots that its mask asks for."""
+    if fits and made.elementwise and len(made.operands) == 2:
+        key_of = f"{key} if same else {key + FIT}"
+        cls = f"node_{key} if same else node_{key + FIT}"
+    else:
+        key_of = str(key + FIT if fits else key)
+        cls = f"node_{key_of}"
+    lines += [
+        f"{indent}try:",
+        f"{indent}    n = new({cls})",
+        f"{indent}except NameError:  # the first node of its kind",
+        f"{indent}    n = new(node_class(made, {key_of}))",
+    ]
+    mask = _mask(made, key)
+    for k, i in enumerate(i for i, on in enumerate(mask) if on):
+        lines.append(f"{indent}n.p{k} = p{i}")
+    for name in made.saved_names(mask):
+        lines.append(f"{indent}n.s_{name} = {_value(made, name)}")
+
+
+def _value(made: Primitive, name: str) -> str:
+    if name == "y":
+        return "y"
+    for i, operand in enumerate(made.operands):
+        if name == operand:
+            return f"u{i}"
+        if name == f"{operand}_shape":
+            return f"u{i}.shape"
+        if name == f"{operand}_dtype":
+            return f"u{i}.dtype"
+        if name == f"{operand}_device":
+            return f"SPACES[u{i}.__class__].device(u{i})"
+    raise AssertionError(name)
+
+
+def _variadic_source(made: Primitive, lines: list[str], kwargs: str) -> str:
+    name = made.operands[0]
+    add = lines.append
+    add(f"    arrays, parents, kind = lift_all(made, {name})")
+    add("    try:")
+    add(f"        y = implementations[kind](*arrays{kwargs})")
+    add("    except Exception as error:")
+    add("        fail(made, arrays, error)")
+    if made.outputs == 1:
+        add("    if y.__class__ is not kind:")
+        add("        y = normalise(y, kind)")
+    values = "(" + "".join(f"{p}, " for p in made.parameters) + ")"
+    add(f"    return record(made, arrays, parents, y, (), {values})")
+    return "\n".join(lines)
+
+
+def lift_all(made: Primitive, operands: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], type]:
+    """Arrays, parents and array class of a variadic call."""
+    if not operands:
+        raise ShapeError(f"{made.name}: needs at least one array")
+    arrays, parents = [], []
+    for x in operands:
+        if isinstance(x, Tensor):
+            arrays.append(x.data)
+            parents.append(x._node)
+        else:
+            arrays.append(lift(x, operands))
+            parents.append(None)
+    kind = kind_of(arrays[0], arrays[1:])
+    for x in arrays:
+        if type(x) is not kind and type(x) not in SCALARS:
+            foreign(made, arrays, kind)
+    return arrays, tuple(parents), kind
+
+
+def foreign(made: Primitive, operands: Sequence[Any], kind: type) -> None:
+    """Operands of different classes: fine inside one library, an error across libraries."""
+    here = SPACES[kind]
+    if any(type(x) not in SCALARS and SPACES[type(x)] is not here for x in operands):
+        mixed(made, operands)
+
+
+def meta_of(x: Any) -> Any:
+    """(shape, dtype) of an operand; None for a Python scalar, which has neither."""
+    return None if type(x) in SCALARS else (x.shape, x.dtype)
+
+
+def record(
+    made: Primitive,
+    arrays: Sequence[Any],
+    parents: tuple[Any, ...],
+    y: Any,
+    aux: Sequence[Any],
+    values: tuple[Any, ...],
+) -> Any:
+    """Wrap a result, and record a generic node for it when a gradient is wanted."""
+    if made.rules is not None:
+        parents = tuple(
+            p if r is not None else None for p, r in zip(parents, made.rules, strict=True)
+        )
+    several = made.outputs != 1
+    if (
+        not made.differentiable
+        or all(p is None for p in parents)
+        or (gate and not is_grad_enabled())
+    ):
+        return tuple(Tensor(x) for x in y) if several else Tensor(y)
+    mask = tuple(p is not None for p in parents)
+    saved: dict[str, Any] = {}
+    for name in made.saved_names(mask):
+        if name == "y":
+            saved[name] = y
+        elif name in made.aux:
+            saved[name] = aux[made.aux.index(name)]
+        else:
+            operand = next(o for o in made.operands if name in [o + s for s in FACETS])
+            held = list(arrays) if made.variadic else [arrays[made.operands.index(operand)]]
+            if name == operand + "_shape":
+                held = [() if type(x) in SCALARS else x.shape for x in held]
+            elif name == operand + "_dtype":
+                held = [None if type(x) in SCALARS else x.dtype for x in held]
+            elif name == operand + "_device":
+                held = [None if type(x) in SCALARS else SPACES[type(x)].device(x) for x in held]
+            saved[name] = held if made.variadic else held[0]
+    metas = (*(meta_of(x) for x in arrays), tuple(x.shape for x in y) if several else y.shape)
+    parameters = dict(zip(made.parameters, values, strict=True))
+    node = GenericNode(made, parents, saved, parameters, metas)
+    if several:
+        node.outputs = len(y)
+        out: Any = tuple(Tensor(x, Pick(node, i)) for i, x in enumerate(y))
+    else:
+        out = Tensor(y, node)
+    if gate:
+        for t in out if several else (out,):
+            records(t)
+    return out
+
+
+def build(made: Primitive) -> None:
+    """Give a primitive its public function; the text is compiled at the first call."""
+    made.implementations = _Implementations(made)
+    if made.native is None and not made.aux:
+        Backend.extras[made.name] = made.forward
+    scope: dict[str, Any] = {
+        "Tensor": Tensor, "SCALARS": SCALARS, "SPACES": SPACES, "lift": lift, "lift_all": lift_all,
+        "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,
+        "record": record, "meta_of": meta_of, "new": _new, "next_seq": next_seq, "gate": gate,
+        "records": records, "made": made, "node_class": node_class,
+        "implementations": made.implementations, "__name__": made.forward.__module__,
+    }  # fmt: skip
+    for p in made.parameters.values():
+        scope[f"default_{p.name}"] = p.default
+    function = FunctionType(_first_call.__code__, scope, made.name)
+    scope["compile_now"] = partial(_compile_now, made)
+    function.__doc__ = made.doc
+    function.__module__ = made.forward.__module__
+    function.__qualname__ = made.name
+    signature = inspect.signature(made.forward)
+    parameters = list(signature.parameters.values())[1:]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.primitive = made  # type: ignore[attr-defined]
+    made.function = function
+
+
+def _first_call(*args: Any, **kwargs: Any) -> Any:
+    """What a public function does until its first call: become its generated text."""
+    return compile_now()(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
+
+
+_compiling = Lock()
+
+
+def _compile_now(made: Primitive) -> Callable[..., Any]:
+    """Generate and compile a primitive's function, keeping the function object that others hold."""
+    function: Any = made.function
+    with _compiling:
+        if function.__code__ is _first_call.__code__:
+            scope = function.__globals__
+            exec(_compiled(function_source(made), f"<gpugrad {made.name}>"), scope)
+            real = scope.pop(made.name)
+            function.__defaults__ = real.__defaults__
+            function.__kwdefaults__ = real.__kwdefaults__
+            function.__code__ = real.__code__
+    return function  # type: ignore[no-any-return]
+
+
+def source(function: Callable[..., Any]) -> str:
+    """The generated text behind a public function, for reading and debugging."""
+    return function_source(function.primitive)  # type: ignore[attr-defined]
+
+
+__all__ = ["build", "graph", "source"]

@@ -1,0 +1,130 @@
+"""Whether operations are recorded: ``no_grad`` and ``enable_grad``, one setting per thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from types import TracebackType
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Not empty while any thread is inside one of the contexts below. Operations look at this list
+#: first, which costs a nanosecond, and at the thread's own setting only when it is not empty.
+gate: list[None] = []
+
+
+class _ThreadState(threading.local):
+    recording = True
+    kept: list[Any] | None = None
+
+
+_state = _ThreadState()
+
+
+def is_grad_enabled() -> bool:
+    """Whether this thread records operations for a backward pass.
+
+    >>> import gpugrad as gg
+    >>> with gg.no_grad():
+    ...     gg.is_grad_enabled()
+    False
+    """
+    return _state.recording
+
+
+def records(result: Any) -> bool:
+    """:func:`is_grad_enabled`, asked by an operation; :class:`keep_results` notes its result."""
+    if _state.kept is not None:
+        _state.kept.append(result)
+    return _state.recording
+
+
+class keep_results:
+    """Collect every result that this thread records inside the block, for a look at the graph.
+
+    It rides on :data:`gate`, so nothing is paid for it elsewhere.
+    """
+
+    def __enter__(self) -> list[Any]:
+        gate.append(None)
+        self._before = _state.kept
+        kept: list[Any] = []
+        _state.kept = kept
+        return kept
+
+    def __exit__(self, *_: object) -> None:
+        _state.kept = self._before
+        gate.pop()
+
+
+class set_grad_enabled:  # noqa: N801 - a context manager reads as a verb
+    """Record operations, or do not, inside a ``with`` block or a decorated function.
+
+    The setting belongs to the current thread; other threads keep theirs.
+
+    >>> import gpugrad as gg
+    >>> x = gg.tensor(2.0, requires_grad=True)
+    >>> with gg.set_grad_enabled(False):
+    ...     (x * x).requires_grad
+    False
+    """
+
+    def __init__(self, mode: bool) -> None:
+        self._mode = mode
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        gate.append(None)
+        self._before.append(_state.recording)
+        _state.recording = self._mode
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _state.recording = self._before.pop()
+        gate.pop()
+
+    def __call__(self, function: F) -> F:
+        mode = self._mode
+
+        @wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with set_grad_enabled(mode):
+                return function(*args, **kwargs)
+
+        return wrapped  # type: ignore[return-value]
+
+
+class no_grad(set_grad_enabled):  # noqa: N801
+    """Do not record: results have no graph and keep nothing alive.
+
+    A context manager and, called first, a decorator: ``@gg.no_grad()``.
+
+    >>> import gpugrad as gg
+    >>> x = gg.tensor(2.0, requires_grad=True)
+    >>> with gg.no_grad():
+    ...     (x * x).requires_grad
+    False
+    """
+
+    def __init__(self) -> None:
+        super().__init__(False)
+
+
+class enable_grad(set_grad_enabled):  # noqa: N801
+    """Record again inside a ``no_grad`` block.
+
+    >>> import gpugrad as gg
+    >>> x = gg.tensor(2.0, requires_grad=True)
+    >>> with gg.no_grad(), gg.enable_grad():
+    ...     (x * x).requires_grad
+    True
+    """
+
+    def __init__(self) -> None:
+        super().__init__(True)

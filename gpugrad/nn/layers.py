@@ -1,0 +1,144 @@
+"""Layers: linear maps, and what only passes a value on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from gpugrad.backend import backend_for_device
+from gpugrad.core.tensor import Tensor
+from gpugrad.errors import ShapeError
+from gpugrad.nn import functional as F  # noqa: N812
+from gpugrad.nn import init
+from gpugrad.nn.module import Module, Parameter
+from gpugrad.nn.random import Generator, draws_from
+
+__all__ = ["Dropout", "Flatten", "Identity", "Linear"]
+
+
+def _empty(shape: tuple[int, ...], device: str | None, dtype: Any) -> Parameter:
+    space = backend_for_device(device or "cpu")
+    host = np.zeros(shape, dtype=np.dtype(dtype or "float32"))
+    return Parameter(space.asarray(host, device=device))
+
+
+class Linear(Module):
+    """x·Wᵀ + b, with W of shape [out_features, in_features] and b of shape [out_features].
+
+    Both start uniform within ±1/√in_features, as in PyTorch. Parameters are float32 unless `dtype`
+    says otherwise.
+
+    >>> import gpugrad as gg
+    >>> Linear(8, 3)(gg.tensor(np.ones((5, 8), np.float32))).shape
+    (5, 3)
+    """
+
+    bias: Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ShapeError(
+                f"Linear({in_features}, {out_features}): a layer has at least 1 feature on each side"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = _empty((out_features, in_features), device, dtype)
+        self.bias = _empty((out_features,), device, dtype) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Draw weight and bias anew."""
+        init.kaiming_uniform_(self.weight, a=math.sqrt(5), generator=generator)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            init.uniform_(self.bias, -bound, bound, generator)
+
+    def forward(self, input: Tensor) -> Tensor:
+        try:
+            return F.linear(input, self.weight, self.bias)
+        except ShapeError as error:
+            if not input.ndim or input.shape[-1] == self.in_features:
+                raise
+            raise ShapeError(
+                f"input has {input.shape[-1]} features (shape {input.shape}), the layer takes "
+                f"{self.in_features}; give the layer before it {self.in_features} outputs, or make "
+                f"this one Linear({input.shape[-1]}, {self.out_features})"
+            ) from error
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}"
+        )
+
+    def label(self) -> str:
+        return f"{type(self).__name__} {self.in_features}->{self.out_features}"
+
+
+class Identity(Module):
+    """Returns its input. Takes, and ignores, any arguments, so that it can stand for any layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class Flatten(Module):
+    """Joins the axes from `start_dim` to `end_dim` into one.
+
+    >>> import gpugrad as gg
+    >>> Flatten()(gg.tensor(np.zeros((5, 2, 3)))).shape
+    (5, 6)
+    """
+
+    def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
+        super().__init__()
+        self.start_dim = start_dim
+        self.end_dim = end_dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.flatten(input, self.start_dim, self.end_dim)
+
+    def extra_repr(self) -> str:
+        return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
+
+
+class Dropout(Module):
+    """In training mode, sets each element to zero with probability `p` and scales the rest.
+
+    The rest is multiplied by 1/(1−p), so that the expected value stays; in evaluation mode the input
+    passes unchanged. The mask depends on the generator's seed and on how many arrays it has drawn,
+    and is the same on every backend. Srivastava et al., "Dropout: a simple way to prevent neural
+    networks from overfitting" (2014).
+
+    >>> import gpugrad as gg
+    >>> drop = Dropout(0.5, generator=Generator(0))
+    >>> sorted({float(v) for v in drop(gg.tensor([1.0] * 100)).tolist()})
+    [0.0, 2.0]
+    >>> drop.eval()(gg.tensor([1.0]))
+    tensor([1.])
+    """
+
+    def __init__(self, p: float = 0.5, *, generator: Generator | None = None) -> None:
+        super().__init__()
+        F.check_probability(p)
+        self.p = p
+        self.generator = generator
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, self.training, generator=draws_from(self.generator))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"

@@ -1,0 +1,20 @@
+"""Every operation, one declaration each; a module's ``__all__`` is what becomes public."""
+
+# Each module lists its public names in __all__; adding an operation touches its own file only.
+# ruff: noqa: F403
+from gpugrad.ops.activations import *
+from gpugrad.ops.arithmetic import *
+from gpugrad.ops.comparison import *
+from gpugrad.ops.creation import *
+from gpugrad.ops.dtypes import *
+from gpugrad.ops.exponential import *
+from gpugrad.ops.indexing import *
+from gpugrad.ops.joining import *
+from gpugrad.ops.linalg import *
+from gpugrad.ops.losses import *
+from gpugrad.ops.manipulation import *
+from gpugrad.ops.methods import attach
+from gpugrad.ops.reductions import *
+from gpugrad.ops.trigonometric import *
+
+attach()

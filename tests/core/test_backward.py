@@ -1,0 +1,294 @@
+"""The walk: accumulation, release, retention, hooks, threads, long chains."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+import gpugrad as gg
+from gpugrad.errors import DTypeError, FreedGraphError, GraphError, ShapeError
+
+
+def leaf(*values: float) -> gg.Tensor:
+    return gg.tensor(list(values), requires_grad=True)
+
+
+def test_gradients_add_up_over_branches_and_calls() -> None:
+    x = leaf(1.0, 2.0)
+    y = x * x + x
+    gg.sum(y * x).backward()  # x^3 + x^2
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), [5.0, 16.0])
+    gg.sum(x).backward()
+    np.testing.assert_allclose(x.grad.numpy(), [6.0, 17.0])
+
+
+def test_diamonds_of_every_order_of_creation() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        x = gg.tensor(rng.standard_normal(3), requires_grad=True)
+        values = [x]
+        derivatives = [np.ones(3)]
+        hosts = [x.detach().numpy()]
+        for _ in range(8):
+            i, j = rng.integers(len(values), size=2)
+            if rng.random() < 0.5:
+                values.append(values[i] + values[j])
+                derivatives.append(derivatives[i] + derivatives[j])
+                hosts.append(hosts[i] + hosts[j])
+            else:
+                values.append(values[i] * values[j])
+                derivatives.append(derivatives[i] * hosts[j] + hosts[i] * derivatives[j])
+                hosts.append(hosts[i] * hosts[j])
+        gg.sum(values[-1]).backward()
+        assert x.grad is not None
+        np.testing.assert_allclose(x.grad.numpy(), derivatives[-1], rtol=1e-12)
+
+
+def test_second_backward_names_the_operation_and_the_fix() -> None:
+    x = leaf(1.0, 2.0)
+    y = gg.sum(x * x)
+    y.backward()
+    with pytest.raises(FreedGraphError, match=r"sum.*retain_graph=True"):
+        y.backward()
+
+
+def test_second_backward_through_a_shared_part_raises_and_changes_nothing() -> None:
+    x = leaf(1.0, 2.0)
+    shared = x * x
+    gg.sum(shared).backward()
+    before = x.grad.numpy().copy()  # type: ignore[union-attr]
+    with pytest.raises(FreedGraphError, match="multiply"):
+        gg.sum(shared + x).backward()
+    np.testing.assert_array_equal(x.grad.numpy(), before)  # type: ignore[union-attr]
+
+
+def test_retained_graph_runs_again() -> None:
+    x = leaf(1.0, 2.0)
+    y = gg.sum(x * x)
+    y.backward(retain_graph=True)
+    y.backward()
+    np.testing.assert_allclose(x.grad.numpy(), [4.0, 8.0])  # type: ignore[union-attr]
+
+
+def test_non_scalar_needs_a_gradient() -> None:
+    x = leaf(1.0, 2.0)
+    with pytest.raises(GraphError, match=r"shape \(2,\).*gradient="):
+        (x * x).backward()
+    (x * x).backward(gg.tensor([1.0, 10.0]))
+    np.testing.assert_allclose(x.grad.numpy(), [2.0, 40.0])  # type: ignore[union-attr]
+
+
+def test_gradient_of_a_wrong_shape() -> None:
+    x = leaf(1.0, 2.0)
+    with pytest.raises(ShapeError, match=r"\(3,\).*\(2,\)"):
+        (x * x).backward(gg.tensor([1.0, 1.0, 1.0]))
+
+
+def test_no_graph() -> None:
+    with pytest.raises(GraphError, match="requires_grad=True"):
+        gg.sum(gg.tensor([1.0])).backward()
+    with gg.no_grad():
+        y = gg.sum(leaf(1.0))
+    with pytest.raises(GraphError, match="no_grad"):
+        y.backward()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "uint8"])
+def test_integers_have_no_derivative(dtype: str) -> None:
+    with pytest.raises(DTypeError, match=dtype):
+        gg.tensor([1, 0], dtype=dtype, requires_grad=True)
+    with pytest.raises(DTypeError, match="complex"):
+        gg.tensor([1j], requires_grad=True)
+
+
+def test_backward_on_a_leaf() -> None:
+    x = gg.tensor(3.0, requires_grad=True)
+    x.backward()
+    assert x.grad is not None and x.grad.item() == 1.0
+
+
+def test_gradients_share_memory_with_nothing() -> None:
+    x, w = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    g = gg.tensor([1.0, 1.0])
+    (x + w).backward(g)
+    assert x.grad is not None and w.grad is not None
+    arrays = [x.grad.data, w.grad.data, g.data, x.data, w.data]
+    for i, a in enumerate(arrays):
+        for b in arrays[i + 1 :]:
+            assert not np.shares_memory(a, b)
+    x.grad += 1.0
+    np.testing.assert_array_equal(w.grad.numpy(), [1.0, 1.0])
+
+
+def test_broadcast_gradient_of_a_sum_is_writeable() -> None:
+    x = leaf(1.0, 2.0)
+    gg.sum(x).backward()
+    gg.sum(x).backward()
+    np.testing.assert_array_equal(x.grad.numpy(), [2.0, 2.0])  # type: ignore[union-attr]
+
+
+def test_unbroadcasting_and_promotion_are_undone() -> None:
+    a = gg.tensor(np.ones((3, 1), "float32"), requires_grad=True)
+    b = gg.tensor(np.full((2, 1, 4), 2.0), requires_grad=True)
+    s = gg.tensor(5.0, requires_grad=True)
+    y = a * b * s
+    assert y.dtype == np.float64 and y.shape == (2, 3, 4)
+    y.backward(gg.ones_like(y))
+    assert a.grad is not None and a.grad.dtype == np.float32 and a.grad.shape == (3, 1)
+    np.testing.assert_allclose(a.grad.numpy(), np.full((3, 1), 80.0))
+    assert b.grad is not None
+    np.testing.assert_allclose(b.grad.numpy(), np.full((2, 1, 4), 15.0))
+    assert s.grad is not None and s.grad.shape == () and s.grad.item() == 48.0
+
+
+def test_hooks_see_the_whole_gradient_and_may_replace_it() -> None:
+    x = leaf(1.0, 2.0)
+    h = x * 3.0
+    seen: list[list[float]] = []
+    remove = h.register_hook(lambda g: seen.append(g.tolist()))
+    h.register_hook(lambda g: g * 10.0)
+    y = h * h + h
+    y.backward(gg.tensor([1.0, 1.0]), retain_graph=True)
+    assert seen == [[7.0, 13.0]]
+    np.testing.assert_allclose(x.grad.numpy(), [210.0, 390.0])  # type: ignore[union-attr]
+    remove()
+    y.backward(gg.tensor([1.0, 1.0]))
+    assert len(seen) == 1
+
+
+def test_hook_on_a_leaf_and_retain_grad() -> None:
+    x = leaf(1.0, 2.0)
+    x.register_hook(lambda g: g * 2.0)
+    h = x * 3.0
+    h.retain_grad()
+    assert h.grad is None
+    gg.sum(h * h).backward()
+    np.testing.assert_allclose(h.grad.numpy(), [6.0, 12.0])  # type: ignore[union-attr]
+    np.testing.assert_allclose(x.grad.numpy(), [36.0, 72.0])  # type: ignore[union-attr]
+
+
+def test_a_hook_may_run_a_backward_of_its_own() -> None:
+    x = leaf(1.0, 2.0)
+    other = leaf(3.0)
+
+    def hook(g: gg.Tensor) -> None:
+        gg.sum(other * other).backward()
+
+    h = x * x
+    h.register_hook(hook)
+    gg.sum(h).backward()
+    np.testing.assert_allclose(x.grad.numpy(), [2.0, 4.0])  # type: ignore[union-attr]
+    np.testing.assert_allclose(other.grad.numpy(), [6.0])  # type: ignore[union-attr]
+
+
+def test_saved_arrays_go_as_soon_as_their_node_has_run() -> None:
+    x = gg.tensor(np.ones(1000), requires_grad=True)
+    a = x * 2.0
+    alive = weakref.ref(a.data)
+    y = gg.sum(a * a)
+    del a
+    assert alive() is not None
+    y.backward()
+    assert alive() is None  # y itself is still there
+
+
+def test_no_reference_cycles() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        x = leaf(1.0, 2.0)
+        y = gg.sum(gg.tanh(gg.exp(x) * x) + x)
+        inner = weakref.ref(y)
+        data = weakref.ref(gg.exp(x).data)
+        y.backward()
+        del y
+        assert inner() is None and data() is None
+        z = gg.tanh(x) * x
+        kept = weakref.ref(z)
+        del z  # never run backward
+        assert kept() is None
+    finally:
+        gc.enable()
+    assert gc.collect() == 0
+
+
+def test_a_million_nodes_without_recursion() -> None:
+    x = gg.tensor(1.0, requires_grad=True)
+    y = x
+    for _ in range(100_000):
+        y = y + 1.0
+    y.backward()
+    assert x.grad is not None and x.grad.item() == 1.0
+    y = x
+    for _ in range(100_000):
+        y = y * 1.0
+    del y  # the graph is dropped unread
+
+
+def test_two_threads_walk_one_retained_graph() -> None:
+    x = gg.tensor(np.full(64, 0.5), requires_grad=True)
+    y = x
+    for _ in range(200):
+        y = gg.tanh(y * x + y)
+    y = gg.sum(y)
+    expected = gg.grad(lambda v: _nest(v))(x.detach()).numpy()
+    results: list[np.ndarray] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        from gpugrad.core.graph import walk
+
+        try:
+            for _ in range(10):
+                borrowed, owned = walk([(y._node, np.ones(()))], retain=True)
+                results.append({**borrowed, **owned}[x._node].copy())
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors
+    assert len(results) == 40
+    for r in results:
+        np.testing.assert_allclose(r, expected, rtol=1e-12)
+
+
+def _nest(x: gg.Tensor) -> gg.Tensor:
+    y = x
+    for _ in range(200):
+        y = gg.tanh(y * x + y)
+    return gg.sum(y)
+
+
+def test_create_graph_gives_derivatives_of_derivatives() -> None:
+    x = leaf(2.0, 3.0)
+    gg.sum(x * x * x).backward(create_graph=True)
+    g = x.grad
+    assert g is not None and g.requires_grad
+    x.grad = None
+    gg.sum(g).backward()
+    np.testing.assert_allclose(x.grad.numpy(), [12.0, 18.0])  # type: ignore[union-attr]
+
+
+def test_an_error_inside_a_rule_says_where() -> None:
+    @gg.primitive(vjps=(lambda g: 1 / 0,))
+    def broken(m, x, /):  # type: ignore[no-untyped-def]
+        """Breaks."""
+        return x * 2.0
+
+    try:
+        with pytest.raises(ZeroDivisionError) as caught:
+            gg.sum(broken(leaf(1.0))).backward()
+        assert "backward pass of broken" in "".join(caught.value.__notes__)
+    finally:
+        from gpugrad.core.primitive import registry
+
+        del registry["broken"]

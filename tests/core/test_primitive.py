@@ -1,0 +1,174 @@
+"""Declaring primitives from outside, with the calls the library itself uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpugrad as gg
+from gpugrad.core.primitive import differentiable, registry
+from gpugrad.errors import DeclarationError, DeviceError, DTypeError, ShapeError
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    before = set(registry)
+    yield
+    for name in set(registry) - before:
+        del registry[name]
+        delattr(differentiable, name)
+
+
+def test_element_wise_with_broadcasting_and_both_modes() -> None:
+    @gg.elementwise(partials=(lambda m, g, x, w: g * w * m.cos(x * w),
+                              lambda m, g, x, w: g * x * m.cos(x * w)))  # fmt: skip
+    def sin_product(m: Any, x: Any, w: Any, /) -> Any:
+        """sin(x w)."""
+        return m.sin(x * w)
+
+    x = gg.tensor([[0.3], [0.4]])
+    w = gg.tensor([1.0, 2.0, 3.0])
+    gg.check_grads(sin_product, (x, w))
+    leaf = gg.tensor([[0.3], [0.4]], requires_grad=True)
+    gg.sum(sin_product(leaf, w)).backward()
+    assert leaf.grad is not None and leaf.grad.shape == (2, 1)
+
+
+def test_general_with_parameters_and_derived_forward_mode() -> None:
+    @gg.primitive(vjps=(lambda m, g, x, power: g * power * x ** (power - 1),))
+    def power_sum(m: Any, x: Any, /, *, power: int = 2) -> Any:
+        """Sum of powers."""
+        return m.sum(x**power)
+
+    gg.check_grads(lambda x: power_sum(x, power=3), (gg.tensor([1.0, 2.0, -1.0]),))
+
+
+def test_joint_rule_gets_needs_and_aux() -> None:
+    seen: list[tuple[bool, ...]] = []
+
+    def rule(m: Any, g: Any, a: Any, b: Any, mask: Any, needs: tuple[bool, ...]) -> Any:
+        seen.append(needs)
+        zero = m.zeros_like(g)
+        return (m.where(mask, g, zero) if needs[0] else None,
+                m.where(mask, zero, g) if needs[1] else None)  # fmt: skip
+
+    @gg.primitive(vjp=rule, aux=("mask",))
+    def larger(m: Any, a: Any, b: Any, /) -> Any:
+        """The larger one."""
+        mask = a > b
+        return m.where(mask, a, b), mask
+
+    a = gg.tensor([1.0, 5.0], requires_grad=True)
+    b = gg.tensor([2.0, 3.0])
+    gg.sum(larger(a, b)).backward()
+    assert seen == [(True, False)]
+    np.testing.assert_array_equal(a.grad.numpy(), [0.0, 1.0])  # type: ignore[union-attr]
+    gg.check_grads(larger, (a.detach(), b))
+
+
+def test_several_outputs() -> None:
+    def rule(m: Any, g: Any, x_shape: tuple[int, ...]) -> Any:
+        first = g[0] if g[0] is not None else m.zeros_like(g[1])
+        second = g[1] if g[1] is not None else m.zeros_like(g[0])
+        return (first + second * 2.0,)
+
+    @gg.primitive(vjp=rule, outputs=2)
+    def fork(m: Any, x: Any, /) -> Any:
+        """x + 1 and 2 x."""
+        return x + 1.0, x * 2.0
+
+    x = gg.tensor([1.0, 2.0], requires_grad=True)
+    a, b = fork(x)
+    gg.sum(a * b).backward()
+    np.testing.assert_allclose(x.grad.numpy(), [6.0, 10.0])  # type: ignore[union-attr]
+    a, b = fork(x)
+    x.grad = None
+    gg.sum(b).backward()
+    np.testing.assert_allclose(x.grad.numpy(), [2.0, 2.0])  # type: ignore[union-attr]
+    gg.check_grads(lambda x: gg.multiply(*fork(x)), (x.detach(),))
+
+
+def test_variadic() -> None:
+    @gg.primitive(vjp=lambda g, arrays: [g for _ in arrays])
+    def total(m: Any, *arrays: Any) -> Any:
+        """Sum of all."""
+        out = arrays[0]
+        for x in arrays[1:]:
+            out = out + x
+        return out
+
+    x, y = gg.tensor([1.0], requires_grad=True), gg.tensor([2.0])
+    total(x, y, x).backward()
+    assert x.grad is not None and x.grad.item() == 2.0
+
+
+def test_a_node_saves_exactly_what_its_rules_name() -> None:
+    x, y = gg.tensor([1.0], requires_grad=True), gg.tensor([2.0], requires_grad=True)
+    assert (x + y)._node.saved() == {}
+    product = x * y
+    saved = product._node.saved()
+    assert set(saved) == {"a", "b"} and saved["a"] is x.data and saved["b"] is y.data
+    assert set((x * y.detach())._node.saved()) == {"b"}
+    tanh = gg.tanh(x)
+    assert tanh._node.saved() == {"y": tanh.data}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gg.primitive(vjps=(lambda g, z: g,))(_unary), "names 'z'"),
+        (lambda: gg.primitive(vjps=(None, None))(_unary), "2 derivative rules for 1 operands"),
+        (lambda: gg.primitive(vjps=(None,), vjp=lambda g: g)(_unary), "not both"),
+        (lambda: gg.elementwise(partials=None)(lambda x: x), "first argument of a forward is m"),
+        (lambda: gg.elementwise(partials=None)(lambda m: 0), "positional-only"),
+    ],
+)
+def test_declarations_that_do_not_hold_together(make: Any, message: str) -> None:
+    with pytest.raises(DeclarationError, match=message):
+        make()
+
+
+def _unary(m: Any, x: Any, /) -> Any:
+    return x
+
+
+def test_a_rule_of_a_wrong_shape_is_an_error_and_no_wrong_gradient() -> None:
+    @gg.primitive(vjps=(lambda g: g[:1],))
+    def cut(m: Any, x: Any, /) -> Any:
+        """Doubles."""
+        return x * 2.0
+
+    x = gg.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    with pytest.raises(ShapeError, match=r"(?s)\(1,\).*\(3,\).*backward pass of cut"):
+        gg.sum(cut(x)).backward()
+
+
+def test_errors_name_operation_shapes_and_fix() -> None:
+    with pytest.raises(ShapeError, match=r"add: .*a: float64\[2\], b: float64\[3\].*broadcast"):
+        gg.tensor([1.0, 2.0]) + gg.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(DTypeError, match="bitwise_and.*float64"):
+        gg.tensor([1.0]) & gg.tensor([1.0])
+    with pytest.raises(DTypeError):
+        gg.tensor([1.0]) * "two"
+    with pytest.raises(DeviceError, match=r"multiply: .*cpu.*strict:device1.*\.to"):
+        gg.tensor([1.0]) * gg.tensor([1.0], device="strict:device1")
+    with pytest.raises(DeviceError, match=r"strict:device1.*strict:device2"):
+        gg.tensor([1.0], device="strict:device2") * gg.tensor([1.0], device="strict:device1")
+
+
+def test_weak_scalars_and_reflected_operators() -> None:
+    x = gg.tensor([1.0, 2.0], dtype="float32", requires_grad=True)
+    y = 2.0 * x + 1 - x / 2 + 3 / x - (1 - x)
+    assert y.dtype == np.float32
+    host = np.array([1.0, 2.0], "float32")
+    np.testing.assert_allclose(
+        y.detach().numpy(), 2 * host + 1 - host / 2 + 3 / host - (1 - host), rtol=1e-6
+    )
+    gg.sum(y).backward()
+    assert x.grad is not None and x.grad.dtype == np.float32
+    np.testing.assert_allclose(x.grad.numpy(), 2 - 0.5 - 3 / host**2 + 1, rtol=1e-6)
+    assert isinstance(np.array([1.0, 2.0]) * x, gg.Tensor)
+    assert isinstance(np.float64(2.0) * x, gg.Tensor)
