@@ -71,9 +71,9 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks."""
+    """The CPU benchmarks; `nox -s bench -- --quick` only tries them."""
     session.install("-e", ".[bench]")
-    session.run("python", "-m", "pytest", "bench", *session.posargs)
+    session.run("python", "bench/run.py", *session.posargs)
 
 
 def development(*names: str) -> list[str]:

@@ -62,7 +62,7 @@ def with_pytest(notes: Any, folder: Path) -> None:
          "-c", str(folder.parent / "pyproject.toml")],
         plugins=[Recorder(notes)],
     )  # fmt: skip
-    meaning = {0: "ran", 1: "ran, some failed", 5: "no test is marked gpu"}
+    meaning = {0: "ran", 1: "some failed or were not collected", 5: "no test is marked gpu"}
     notes.put(runner="pytest " + pytest.__version__, exit=int(code),
               summary=meaning.get(int(code), f"pytest ended with {int(code)}"))  # fmt: skip
 

@@ -57,6 +57,9 @@ def report(quick: bool) -> dict[str, Any]:
         if "error" in result:
             verdicts.append(common.not_run(f"train {data}", result["error"][-200:]))
             continue
+        if quick:
+            verdicts.append(common.not_run(f"train {data}", "quick: one epoch learns too little"))
+            continue
         verdicts.append(common.verdict(f"train {data}: wall time", result["wall_s"], seconds, "s"))
         verdicts.append(common.verdict(f"train {data}: test accuracy", result["test_accuracy"],
                                        accuracy, "", at_least=True))  # fmt: skip

@@ -8,7 +8,7 @@
 tensor([2., 4., 6.])
 """
 
-from gpugrad import ops
+from gpugrad import nn, ops, optim  # before the star: gpugrad.clip, the package, yields to clip
 from gpugrad.backend import Backend, register_backend
 from gpugrad.core.checks import check_grads
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
@@ -25,13 +25,15 @@ from gpugrad.core.transforms import (
     vjp,
 )
 from gpugrad.core.view import Graph, graph
+from gpugrad.nn.random import Generator, manual_seed
 from gpugrad.ops import *  # noqa: F403 - the array namespace; each module's __all__ says what
 
 __version__ = "0.1.0"
 __array_api_version__ = "2024.12"
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Backend",
+    "Generator",
     "Graph",
     "Sample",
     "Tensor",
@@ -50,7 +52,10 @@ __all__ = [  # noqa: PLE0604
     "jacobian",
     "jvp",
     "linear",
+    "manual_seed",
+    "nn",
     "no_grad",
+    "optim",
     "primitive",
     "register_backend",
     "sample",
@@ -58,5 +63,5 @@ __all__ = [  # noqa: PLE0604
     "tensor",
     "value_and_grad",
     "vjp",
-    *ops.__dict__.get("__all__", ()),
 ]
+__all__ += ops.__all__

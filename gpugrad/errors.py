@@ -19,6 +19,10 @@ class ParameterError(GpugradError, ValueError):
     """A value that a parameter cannot take."""
 
 
+class OutOfRangeError(GpugradError, IndexError):
+    """An index or a class label that points outside what it is meant for."""
+
+
 class DeviceError(GpugradError, RuntimeError):
     """Operands on different devices, or a device that cannot be used here."""
 

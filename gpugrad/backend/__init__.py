@@ -157,10 +157,10 @@ def backend_for_device(device: str) -> Backend:
     for lazy in _LAZY:
         if lazy.prefix == prefix:
             return _load(lazy)
-    known = [b.prefix for b in _registered] + ["cuda"]
+    known = dict.fromkeys(("cpu", "cuda", *(b.prefix for b in _registered)))
     raise DeviceError(
         f"no backend for device {device!r}; devices are strings such as "
-        + ", ".join(repr(p) for p in dict.fromkeys(known))
+        + ", ".join(map(repr, known))
     )
 
 

@@ -141,11 +141,13 @@ class Backend:
         return self.prefix
 
     def to_device(self, x: Array, device: str) -> Array:
-        """``x`` on ``device``, whichever library that is; an array of that library."""
+        """A copy of ``x`` on ``device``: an array of the library that the device belongs to."""
         from gpugrad.backend import backend_for_device
 
         target = backend_for_device(device)
-        return target.asarray(x if target is self else self.to_host(x), device=device)
+        if target is self:
+            return self.asarray(x, device=device, copy=True)
+        return target.asarray(self.to_host(x), device=device)
 
     def describe_devices(self) -> tuple[DeviceInfo, ...]:
         """What the devices of this library are, where it can say so."""
@@ -222,6 +224,12 @@ class Backend:
     def setitem(self, x: Array, index: Any, value: Any) -> None:
         """``x[index] = value`` in place."""
         x[index] = value
+
+    def setitem_copy(self, x: Array, index: Any, value: Any) -> Array:
+        """A copy of ``x`` with ``value`` at ``index``; immutable libraries override it."""
+        out = self.asarray(x, device=self.device(x), copy=True)
+        self.setitem(out, index, value)
+        return out
 
     def scatter_add(self, g: Array, index: Any, shape: tuple[int, ...]) -> Array:
         """Zeros of ``shape`` with ``g`` added at ``index``; repeated indices add up.

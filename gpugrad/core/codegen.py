@@ -320,7 +320,7 @@ def function_source(made: Primitive) -> str:
     nothing = " and ".join(f"p{i} is None" for i in wanted)
     add("    t = new(Tensor)")
     add("    t.data = y")
-    add(f"    if {nothing} or gate and not records(t):")
+    add(f"    if {nothing} or gate_ and not records(t):")
     add("        t._node = None")
     add("        return t")
     # A rule of a unary element-wise or linear primitive always returns the operand's own shape.
@@ -329,7 +329,8 @@ def function_source(made: Primitive) -> str:
         test = "False"
         if made.elementwise and len(operands) == 2:
             test = "u0.shape == u1.shape and u0.dtype is u1.dtype"
-            test = f"{test} if u0.__class__ is u1.__class__ else True  # else: a Python scalar"
+            # Another class is a Python scalar here: it has no shape, and is weak unless complex.
+            test += " if u0.__class__ is u1.__class__ else complex not in (u0.__class__, u1.__class__)"
         add(f"    same = {test}")
     if len(wanted) == 1:
         _add_node(made, lines, 1 << wanted[0], "    ", fits)
@@ -360,15 +361,15 @@ def _add_node(made: Primitive, lines: list[str], key: int, indent: str, fits: bo
     """The lines that make one node and fill the slots that its mask asks for."""
     if fits and made.elementwise and len(made.operands) == 2:
         key_of = f"{key} if same else {key + FIT}"
-        cls = f"node_{key} if same else node_{key + FIT}"
+        cls = f"(node_{key} if same else node_{key + FIT})"
     else:
         key_of = str(key + FIT if fits else key)
         cls = f"node_{key_of}"
     lines += [
         f"{indent}try:",
-        f"{indent}    n = new({cls})",
+        f"{indent}    n = {cls}()",
         f"{indent}except NameError:  # the first node of its kind",
-        f"{indent}    n = new(node_class(made, {key_of}))",
+        f"{indent}    n = node_class(made, {key_of})()",
     ]
     mask = _mask(made, key)
     for k, i in enumerate(i for i, on in enumerate(mask) if on):
@@ -498,7 +499,7 @@ def build(made: Primitive) -> None:
     scope: dict[str, Any] = {
         "Tensor": Tensor, "SCALARS": SCALARS, "SPACES": SPACES, "lift": lift, "lift_all": lift_all,
         "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,
-        "record": record, "meta_of": meta_of, "new": _new, "next_seq": next_seq, "gate": gate,
+        "record": record, "meta_of": meta_of, "new": _new, "next_seq": next_seq, "gate_": gate,
         "records": records, "made": made, "node_class": node_class,
         "implementations": made.implementations, "__name__": made.forward.__module__,
     }  # fmt: skip

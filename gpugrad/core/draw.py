@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -124,11 +123,11 @@ def _node_lines(graph: Graph, node: GraphNode) -> list[Line]:
                 name = saved.label or saved.name
                 said = value_text(saved.value) or shape_text(saved.shape, saved.dtype)
                 lines.append((FORWARD, f"{_clean(name)} = {said}"))
-        if node.saved:
-            names = ", ".join(s.name for s in node.saved)
-            lines.append((QUIET, f"saves {_clean(names)}: {bytes_text(node.saved_bytes)}"))
+        arrays = ", ".join(s.name for s in node.saved if s.shape is not None)
+        if arrays:
+            lines.append((QUIET, f"saves {_clean(arrays)}: {bytes_text(node.saved_bytes)}"))
         else:
-            lines.append((QUIET, "saves nothing"))
+            lines.append((QUIET, "saves no array" if node.saved else "saves nothing"))
         lines.extend((LOCAL, _mark(f"∂/∂{edge.operand} = ", value_text(edge.local)))
                      for edge in graph.inputs(node))  # fmt: skip
     if len(graph.uses(node)) > 1:
@@ -183,6 +182,8 @@ class _Picture:
         self.nodes = [*graph.nodes[:head], *graph.nodes[tail:]]
         self.head = head
         self.folded = graph.nodes[head:tail]
+        # Nodes may share what they save: their sum can exceed the whole.
+        self.folded_bytes = min(sum(n.saved_bytes for n in self.folded), graph.saved_bytes)
         self.edges: list[tuple[str, str, list[Line]]] = []
         bundles: dict[tuple[str, str], int] = {}
 
@@ -206,11 +207,10 @@ class _Picture:
     @property
     def note(self) -> list[Line]:
         """What stands in the box for the middle."""
-        saved = sum(n.saved_bytes for n in self.folded)
         return [
             (TITLE, f"… {len(self.folded)} nodes folded …"),
             (QUIET, _count(self.folded)),
-            (QUIET, f"saving {bytes_text(saved)}"),
+            (QUIET, f"saving at most {bytes_text(self.folded_bytes)}"),
             (QUIET, "max_nodes= draws more"),
         ]
 
@@ -261,11 +261,15 @@ def _dot_label(lines: list[Line]) -> str:
     return f" [label=<{_html(lines, bold=False)}>]" if lines else ""
 
 
+#: ``html.escape``, without the import.
+_ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+
+
 def _html(lines: list[Line], bold: bool) -> str:
     """Lines as the label language of Graphviz: coloured, the first of a node bold."""
     rows = []
     for i, (colour, text) in enumerate(lines):
-        row = escape(text)
+        row = text.translate(_ENTITIES)
         if bold and i == 0:
             row = f"<B>{row}</B>"
         rows.append(f'<FONT COLOR="{colour}">{row}</FONT>')

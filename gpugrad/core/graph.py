@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush, heappushpop
 from itertools import count
 from typing import Any, ClassVar
 
-from gpugrad.backend import SPACES, Array, Backend, bind
+from gpugrad.backend import SPACES, Array, Backend, bind, on_register
 from gpugrad.core.primitive import FACETS, Primitive, Rule, differentiable
-from gpugrad.errors import FreedGraphError, InplaceError, ShapeError
+from gpugrad.errors import DTypeError, FreedGraphError, InplaceError, ShapeError
 
 #: What the walk has to do with a node.
 LEAF, SINGLE, PAIR, MANY, HOOKED = range(5)
@@ -183,7 +184,7 @@ class Bundle(dict[int, Any]):
     def __add__(self, other: Bundle) -> Bundle:
         out = Bundle(self)
         for i, g in other.items():
-            out[i] = out[i] + g if i in out else g
+            out[i] = plus(out[i], g) if i in out else g
         return out
 
 
@@ -288,7 +289,13 @@ def fit(g: Any, meta: tuple[Any, Any]) -> Any:
         check_summable(g.shape, shape)
         g = SPACES[g.__class__].sum_to(g, shape)
     if g.dtype != dtype:
-        g = SPACES[g.__class__].astype(g, dtype)
+        space = SPACES[g.__class__]
+        if space.numpy_dtype(g).kind == "c":
+            raise DTypeError(
+                f"backward: a gradient of {g.dtype} arrived at an operand of {dtype}; gradients "
+                "through complex numbers are not supported"
+            )
+        g = space.astype(g, dtype)
     return g
 
 
@@ -346,6 +353,20 @@ def pullback(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[
     return [(p, x) for _, p, x in found]
 
 
+# -- sums of gradients ----------------------------------------------------------------------------
+
+#: ``+`` and ``+=``; with several GPUs they run on that of their operands (:func:`backend.bind`).
+plus: Callable[[Any, Any], Any] = operator.add
+add_into: Callable[[Any, Any], Any] = operator.iadd
+
+
+def _rebind() -> None:
+    global plus, add_into
+    plus, add_into = bind(operator.add), bind(operator.iadd)
+
+
+on_register(_rebind)
+
 # -- the walk -------------------------------------------------------------------------------------
 
 
@@ -387,7 +408,7 @@ def walk(
         if seed.seq == FREED:
             check_alive(seed)
         if seed in borrowed:
-            borrowed[seed] = borrowed[seed] + g
+            borrowed[seed] = plus(borrowed[seed], g)
         else:
             borrowed[seed] = g
             if seed.seq > since:
@@ -417,7 +438,7 @@ def walk(
                         # a chain with a leaf at its side, such as a weight
                         total = owned_get(side)
                         if total is not None:
-                            total += sg
+                            add_into(total, sg)
                         else:
                             _deliver(side, sg, borrowed, owned)
                         node = parent
@@ -443,7 +464,7 @@ def walk(
                     total = owned_get(parent)
                     if total is not None:
                         if pg is not None:
-                            total += pg
+                            add_into(total, pg)
                     elif pg is None:
                         continue
                     elif parent in borrowed or parent.seq <= since:
@@ -452,7 +473,7 @@ def walk(
                         hand = parent
                         hand_g = pg
                     elif hand is parent:
-                        hand_g = hand_g + pg
+                        hand_g = plus(hand_g, pg)
                     else:
                         borrowed[parent] = pg
                         heappush(heap, (-parent.seq, parent))
@@ -480,7 +501,7 @@ def _deliver(parent: Any, g: Any, borrowed: dict[Any, Any], owned: dict[Any, Any
     if parent not in borrowed:
         borrowed[parent] = g
         return
-    total = borrowed[parent] + g
+    total = plus(borrowed[parent], g)
     if type(total) in NOT_IN_PLACE or total.shape == () or not SPACES[type(total)].mutable:
         borrowed[parent] = total
     else:

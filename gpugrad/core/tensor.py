@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend, backend_for_device
+from gpugrad.core import graph
 from gpugrad.core.graph import NOT_IN_PLACE, Extra, Leaf, extra_of, mutations, walk
 from gpugrad.core.modes import is_grad_enabled
 from gpugrad.core.primitive import differentiable
@@ -210,12 +211,8 @@ class Tensor:
         g = seed(self, gradient, create_graph)
         retain = create_graph if retain_graph is None else retain_graph
         given = () if gradient is None or create_graph else (g,)
-
-        def run(g: Any) -> None:
-            wrap = Tensor if create_graph else None
-            deposit(*walk([(self._node, g)], retain=retain, wrap=wrap), given)
-
-        SPACES[type(self.data)].bind(run)(g)
+        deposit(*walk([(self._node, g)], retain=retain, wrap=Tensor if create_graph else None),
+                given)  # fmt: skip
 
     # -- where it lives -----------------------------------------------------------------------------
 
@@ -368,7 +365,7 @@ class Tensor:
             )
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        index = raw_index(index)
+        index = placed_index(self.data, index)
         recorded = is_grad_enabled() and (
             self._node is not None or (isinstance(value, Tensor) and value._node is not None)
         )
@@ -524,6 +521,20 @@ def raw_index(index: Any) -> Any:
     return index
 
 
+def placed_index(x: Array, index: Any) -> Any:
+    """An index of ``x`` with its arrays, tensors' and the host's, where the library reads them.
+
+    A list becomes an array, of integers or of booleans.
+    """
+    index = raw_index(index)
+    space = SPACES[type(x)]
+    if isinstance(index, np.ndarray) and not isinstance(x, np.ndarray):
+        return space.asarray(index, device=space.device(x))
+    if isinstance(index, tuple):
+        return tuple(placed_index(x, i) for i in index)
+    return index
+
+
 def same_device(a: str, b: str) -> bool:
     """Whether two device strings name one device: "cuda" is "cuda:0"."""
     return a.removesuffix(":0") == b.removesuffix(":0")
@@ -598,7 +609,7 @@ def deposit(
                 leaf.grad = Tensor((old.detach() + Tensor(g)).data)
             else:
                 total = old.data
-                total += g
+                graph.add_into(total, g)
                 mutations.mark(total)
 
 

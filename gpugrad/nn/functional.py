@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
 
 from gpugrad import ops
 from gpugrad.core.tensor import Tensor, tensor
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.nn.random import Generator, draws_from
+from gpugrad.ops import linalg
+from gpugrad.ops.losses import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    nll_loss,
+    smooth_l1_loss,
+)
 
 __all__ = [
+    "binary_cross_entropy_with_logits",
     "celu",
     "check_probability",
     "cross_entropy",
@@ -21,29 +31,30 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
+    "l1_loss",
     "leaky_relu",
     "linear",
     "log_softmax",
     "logsigmoid",
     "mish",
     "mse_loss",
+    "nll_loss",
     "relu",
     "relu6",
     "selu",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "softmax",
     "softplus",
     "softsign",
     "tanh",
 ]
 
-Reduction = Literal["none", "mean", "sum"]
-
-
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input·weightᵀ + bias, for a weight of shape [out_features, in_features]."""
-    return ops.linear(input, weight, bias)  # type: ignore[no-any-return]
+    return linalg.linear(input, weight, bias)  # type: ignore[no-any-return]
 
 
 # -- activations --------------------------------------------------------------------------------------
@@ -142,21 +153,6 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
 def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     """The logarithm of `softmax`, without overflow."""
     return ops.log_softmax(input, axis=dim)  # type: ignore[no-any-return]
-
-
-# -- losses ---------------------------------------------------------------------------------------
-
-
-def cross_entropy(
-    input: Tensor, target: Any, reduction: Reduction = "mean", label_smoothing: float = 0.0
-) -> Tensor:
-    """Cross-entropy between scores and the right classes."""
-    return ops.cross_entropy(input, target)  # type: ignore[no-any-return]
-
-
-def mse_loss(input: Tensor, target: Any, reduction: Reduction = "mean") -> Tensor:
-    """The squared difference."""
-    return ops.mse_loss(input, target, reduction=reduction)  # type: ignore[no-any-return]
 
 
 # -- shape and noise ------------------------------------------------------------------------------

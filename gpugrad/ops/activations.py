@@ -433,6 +433,7 @@ def _gates() -> Any:
     return [
         sample(normal((2, 3)), normal((2, 3), 1)),
         sample(normal((3, 1), 2), normal((1, 4), 3), note="broadcast"),
+        sample(normal(3, 4), 2.0, note="Python number"),
     ]
 
 
@@ -513,8 +514,6 @@ def glu(x: Any, /, axis: int = -1) -> Tensor:
 
 def _shifted(m: Any, x: Any, axis: Any) -> Any:
     """``x`` minus its largest element along ``axis``, so that no exponential overflows."""
-    if 0 in x.shape:
-        return x  # no elements, no maximum
     return x - m.max(x, axis=axis, keepdims=True)
 
 
@@ -554,6 +553,8 @@ def softmax(m: Backend, x: Array, /, axis: int = -1) -> Array:
     >>> gg.softmax(gg.tensor([1000.0, 1000.0]))
     tensor([0.5, 0.5])
     """
+    if 0 in x.shape:  # no elements have no largest one
+        return m.exp(x)
     e = m.exp(_shifted(m, x, axis))
     return e / _total(m, e, axis)
 
@@ -572,5 +573,7 @@ def log_softmax(m: Backend, x: Array, /, axis: int = -1) -> Array:
     >>> gg.log_softmax(gg.tensor([0.0, -1000.0]))
     tensor([    0., -1000.])
     """
+    if 0 in x.shape:
+        return m.exp(x)
     z = _shifted(m, x, axis)
     return z - m.log(_total(m, m.exp(z), axis))

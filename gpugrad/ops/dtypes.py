@@ -11,7 +11,7 @@ import numpy as np
 from gpugrad.backend import backend_for_device
 from gpugrad.core.primitive import differentiable
 from gpugrad.core.tensor import Tensor
-from gpugrad.errors import DeviceError
+from gpugrad.errors import DeviceError, ParameterError
 
 __all__ = [
     "__array_namespace_info__",
@@ -89,7 +89,7 @@ def finfo(type: Any, /) -> Any:
     if dtype.kind == "V":  # bfloat16 and its like
         import ml_dtypes
 
-        return ml_dtypes.finfo(dtype)
+        return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     return np.finfo(dtype)
 
 
@@ -143,9 +143,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "complex floating": ("complex64", "complex128"),
 }
 _KINDS["integral"] = _KINDS["signed integer"] + _KINDS["unsigned integer"]
-_KINDS["numeric"] = (
-    _KINDS["integral"] + _KINDS["real floating"] + _KINDS["complex floating"]
-)
+_KINDS["numeric"] = _KINDS["integral"] + _KINDS["real floating"] + _KINDS["complex floating"]
 
 
 class _Info:
@@ -168,7 +166,7 @@ class _Info:
         kinds = ("bool", "numeric") if kind is None else (kind,) if isinstance(kind, str) else kind
         unknown = [k for k in kinds if k not in _KINDS]
         if unknown:
-            raise ValueError(f"dtypes: kind {unknown[0]!r} is not one of {sorted(_KINDS)}")
+            raise ParameterError(f"dtypes: kind {unknown[0]!r} is not one of {sorted(_KINDS)}")
         return {name: np.dtype(name) for k in kinds for name in _KINDS[k]}
 
     def devices(self) -> list[str]:

@@ -122,8 +122,8 @@ def logaddexp(m: Backend, a: Array, b: Array, /) -> Array:
     """``log(exp(a) + exp(b))`` without overflow on the way.
 
     >>> import gpugrad as gg
-    >>> gg.logaddexp(gg.tensor(1000.0), gg.tensor(1000.0)).item() - 1000.0
-    0.6931471805599...
+    >>> gg.logaddexp(gg.tensor(1000.0), gg.tensor(1000.0))
+    tensor(1000.69314718)
     """
 
 

@@ -1,18 +1,21 @@
 """Arrays joined, split, repeated and padded."""
 
+# A declared operation is known to return Any; what it returns is a tensor.
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import builtins
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
-from gpugrad.core.tensor import Tensor, as_tensor
-from gpugrad.errors import DTypeError, ShapeError
+from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops.manipulation import Axes, along, broadcast_to, expand_dims, normal_axis, reshape
 from gpugrad.ops.samples import normal
 
@@ -46,7 +49,7 @@ def concatenate(m: Backend, *arrays: Array, axis: int | None = 0) -> Array:
     """The arrays joined along an axis they have: what :func:`concat` records.
 
     >>> import gpugrad as gg
-    >>> from gpugrad.ops.manipulation import concatenate
+    >>> from gpugrad.ops.joining import concatenate
     >>> concatenate(gg.asarray([1, 2]), gg.asarray([3]))
     tensor([1, 2, 3])
     """
@@ -66,21 +69,15 @@ def concat(arrays: Sequence[Any], /, *, axis: int | None = 0) -> Tensor:
     >>> gg.concat([gg.asarray([1, 2]), gg.asarray([3])])
     tensor([1, 2, 3])
     """
-    return concatenate(*_sequence("concat", arrays), axis=axis)
+    return concatenate(*_sequence(arrays), axis=axis)
 
 
-def _sequence(name: str, arrays: Sequence[Any]) -> Sequence[Any]:
-    if isinstance(arrays, Tensor):
-        raise DTypeError(
-            f"{name}: takes a sequence of arrays, {name}([a, b]); got one tensor of shape "
-            f"{arrays.shape}"
-        )
-    return arrays
+def _sequence(arrays: Any) -> Sequence[Any]:
+    """Several arrays; a single one stands for its parts along the first axis, as in NumPy."""
+    return unstack(arrays) if hasattr(arrays, "shape") else arrays
 
 
-def _stack_vjp(
-    g: Array, m: Backend, axis: int, needs: tuple[bool, ...]
-) -> list[Array | None]:
+def _stack_vjp(g: Array, m: Backend, axis: int, needs: tuple[bool, ...]) -> list[Array | None]:
     axis %= g.ndim
     return [m.getitem(g, along(axis, i)) if n else None for i, n in enumerate(needs)]
 
@@ -97,7 +94,7 @@ def stacked(m: Backend, *arrays: Array, axis: int = 0) -> Array:
     """The arrays joined along a new axis: what :func:`stack` records.
 
     >>> import gpugrad as gg
-    >>> from gpugrad.ops.manipulation import stacked
+    >>> from gpugrad.ops.joining import stacked
     >>> stacked(gg.asarray([1, 2]), gg.asarray([3, 4]), axis=1)
     tensor([[1, 3],
             [2, 4]])
@@ -117,7 +114,7 @@ def stack(arrays: Sequence[Any], /, *, axis: int = 0) -> Tensor:
     tensor([[1, 2],
             [3, 4]])
     """
-    return stacked(*_sequence("stack", arrays), axis=axis)
+    return stacked(*_sequence(arrays), axis=axis)
 
 
 def _bounds(sections: Any, n: int) -> list[slice]:
@@ -131,7 +128,7 @@ def _bounds(sections: Any, n: int) -> list[slice]:
         cuts = list(range(0, n + 1, n // sections)) if n else [0] * (sections + 1)
     else:
         cuts = [0, *(int(i) for i in sections), n]
-    return [slice(*slice(a, b).indices(n)[:2]) for a, b in zip(cuts, cuts[1:])]
+    return [slice(*slice(a, b).indices(n)[:2]) for a, b in pairwise(cuts)]
 
 
 def _split_vjp(
@@ -215,8 +212,9 @@ def tile(x: Any, repetitions: Axes, /) -> Tensor:
     tensor([1, 2, 1, 2])
     """
     times = (repetitions,) if isinstance(repetitions, int) else tuple(repetitions)
-    ndim = max(len(x.shape), len(times))
-    shape = (1,) * (ndim - len(x.shape)) + tuple(x.shape)
+    x = asarray(x)
+    ndim = max(x.ndim, len(times))
+    shape = (1,) * (ndim - x.ndim) + x.shape
     times = (1,) * (ndim - len(times)) + times
     x = reshape(x, tuple(k for n in shape for k in (1, n)))
     x = broadcast_to(x, tuple(k for pair in zip(times, shape) for k in pair))
@@ -240,11 +238,12 @@ def repeat(x: Any, repeats: Any, /, *, axis: int | None = None) -> Tensor:
     >>> gg.repeat(gg.asarray([1, 2]), 2)
     tensor([1, 1, 2, 2])
     """
+    x = asarray(x)
     if axis is None:
-        x = reshape(x, (math.prod(x.shape),))
+        x = reshape(x, (x.size,))
         axis = 0
-    axis = normal_axis(axis, len(x.shape), "repeat")
-    shape = tuple(x.shape)
+    axis = normal_axis(axis, x.ndim, "repeat")
+    shape = x.shape
     if isinstance(repeats, int):
         x = broadcast_to(
             expand_dims(x, axis=axis + 1), (*shape[: axis + 1], repeats, *shape[axis + 1 :])
@@ -287,7 +286,8 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *, constant_values: floa
     >>> gg.pad(gg.asarray([1.0, 2.0]), (1, 2))
     tensor([0., 1., 2., 0., 0.])
     """
-    ndim = len(x.shape)
+    x = asarray(x)
+    ndim = x.ndim
     try:
         widths = np.broadcast_to(np.asarray(pad_width), (ndim, 2)).tolist()
     except ValueError:
@@ -296,17 +296,16 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *, constant_values: floa
             "(before, after), or a pair for each axis"
         ) from None
     if any(w < 0 for pair in widths for w in pair):
-        raise ShapeError(f"pad: widths must not be negative, got {pad_width!r}")
+        raise ParameterError(f"pad: widths must not be negative, got {pad_width!r}")
     if mode == "constant":
         shape = tuple(n + lo + hi for n, (lo, hi) in zip(x.shape, widths))
         middle = tuple(slice(lo, lo + n) for n, (lo, _) in zip(x.shape, widths))
         if constant_values == 0:
             return differentiable.scatter_add(x, middle, shape)
-        x = as_tensor(x)
         frame = differentiable.full(shape, constant_values, dtype=x.dtype, device=x.device)
         return differentiable.put_index(frame, x, middle)
     if mode not in ("edge", "reflect", "symmetric", "wrap"):
-        raise ShapeError(
+        raise ParameterError(
             f"pad: mode {mode!r} is not known; use 'constant', 'edge', 'reflect', 'symmetric' or "
             "'wrap'"
         )
@@ -314,4 +313,4 @@ def pad(x: Any, pad_width: Any, mode: str = "constant", *, constant_values: floa
         if width != [0, 0]:
             index = np.pad(np.arange(x.shape[axis]), width, mode=mode)  # type: ignore[call-overload]
             x = differentiable.take(x, index, axis=axis)
-    return as_tensor(x)
+    return x

@@ -1,3 +1,497 @@
 """Losses: how far predictions are from their targets."""
 
-__all__: list[str] = []
+# A declared operation is known to return Any; what it returns is a tensor.
+# mypy: disable-error-code="no-any-return"
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gpugrad.backend import Array, Backend
+from gpugrad.core.primitive import composite, differentiable, primitive, sample
+from gpugrad.core.tensor import Tensor, asarray, raw_index
+from gpugrad.errors import DTypeError, OutOfRangeError, ParameterError, ShapeError
+from gpugrad.ops.manipulation import expand_dims, squeeze
+from gpugrad.ops.reductions import mean, sum
+from gpugrad.ops.samples import distinct, normal, positive, uniform
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "huber_loss",
+    "l1_loss",
+    "mse_loss",
+    "nll_loss",
+    "smooth_l1_loss",
+]
+
+
+def _check_reduction(name: str, reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ParameterError(f"{name}: reduction is 'mean', 'sum' or 'none', not {reduction!r}")
+
+
+def _reduced(name: str, loss: Tensor, reduction: str) -> Tensor:
+    """``loss``, one number per element, as its mean, its sum, or as it is."""
+    _check_reduction(name, reduction)
+    if reduction == "none":
+        return loss
+    return (mean if reduction == "mean" else sum)(loss)
+
+
+def _together(input: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Both as tensors; a target of plain numbers goes where the input is."""
+    input = asarray(input)
+    return input, asarray(target, device=None if hasattr(target, "shape") else input.device)
+
+
+def _pair(name: str, input: Any, target: Any) -> tuple[Tensor, Tensor]:
+    """Both as tensors of one shape."""
+    input, target = _together(input, target)
+    if input.shape != target.shape:
+        raise ShapeError(
+            f"{name}: input of shape {input.shape} and target of shape {target.shape} must agree; "
+            "reshape one of them (broadcasting here is nearly always a mistake)"
+        )
+    return input, target
+
+
+# -- classes --------------------------------------------------------------------------------------
+
+
+def _check_classes(name: str, input: Array, target: Array, weight: Array | None) -> None:
+    shape = (*input.shape[:1], *input.shape[2:])
+    if tuple(target.shape) != shape:
+        raise ShapeError(
+            f"{name}: input of shape {tuple(input.shape)}, (batch, classes, ...), takes one class "
+            f"index per element, a target of shape {shape}; got {tuple(target.shape)}"
+        )
+    if weight is not None and tuple(weight.shape) != tuple(input.shape[1:2]):
+        raise ShapeError(
+            f"{name}: weight of shape {tuple(weight.shape)} for {input.shape[1]} classes; it needs "
+            f"one element per class, ({input.shape[1]},)"
+        )
+
+
+def _check_range(name: str, m: Backend, target: Array, ignore_index: int, classes: int) -> None:
+    """Name the first target that is no class; on the CPU only, where looking costs no waiting."""
+    if m.prefix != "cpu":
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        place = tuple(int(i[0]) for i in np.nonzero(bad)) if target.ndim else ()
+        raise OutOfRangeError(
+            f"{name}: target {target[place]} at {list(place)} is no class; they are 0 to "
+            f"{classes - 1}, and {ignore_index} is ignored"
+        )
+
+
+def _picked(m: Any, z: Array, index: Array) -> Array:
+    """The element of ``z`` along its class axis that ``index`` names."""
+    chosen = m.take_along_axis(z, m.expand_dims(index, axis=1), axis=1)
+    return m.squeeze(chosen, axis=1)
+
+
+def _counted(
+    m: Any, input: Array, target: Array, weight: Array | None, ignore_index: int
+) -> tuple[Array, Array, Array]:
+    """Which targets count (1 or 0), a class index for each of them, and what each weighs.
+
+    The first and the last are added up, for which two-byte floats are too short.
+    """
+    dtype = input.dtype
+    valid = target != ignore_index
+    index = m.where(valid, target, 0)
+    counts = m.astype(valid, m.dtype("float32") if getattr(dtype, "itemsize", 8) == 2 else dtype)
+    weights = counts if weight is None else counts * m.getitem(weight, raw_index(index))
+    return counts, index, weights
+
+
+def _class_cross_entropy_vjp(
+    g: Array, m: Any, input: Array, target: Array, weight: Array | None, ignore_index: int,
+    reduction: str, label_smoothing: float,
+) -> Array:  # fmt: skip
+    """With t the target distribution times the class weights: softmax times sum(t), less t."""
+    counts, index, weights = _counted(m, input, target, weight, ignore_index)
+    if reduction == "mean":
+        g = g / m.sum(weights)
+    row = (1.0 - label_smoothing) * g * weights
+    at = m.expand_dims(index, axis=1)
+    t = m.scatter_add_along_axis(m.expand_dims(row, axis=1), at, tuple(input.shape), 1)
+    if label_smoothing:
+        classes = input.shape[1]
+        spread = g * counts * (label_smoothing / classes)
+        if weight is None:
+            row = row + spread * classes
+            t = t + m.expand_dims(spread, axis=1)
+        else:
+            row = row + spread * m.sum(weight)
+            t = t + m.expand_dims(spread, axis=1) * _per_class(m, weight, input.ndim)
+    return m.softmax(input, axis=1) * m.expand_dims(row, axis=1) - t
+
+
+def _per_class(m: Any, weight: Array, ndim: int) -> Array:
+    """``weight`` along axis 1 of an array of ``ndim`` axes."""
+    return m.reshape(weight, (-1, *(1,) * (ndim - 2)))
+
+
+def _class_samples() -> list[Any]:
+    x, t = normal((4, 3)), np.array([0, 2, 1, 2])
+    deep, classes = normal((2, 3, 2, 2), 1), np.array([[[0, 1], [2, 2]], [[1, 1], [0, -100]]])
+    weight = np.array([0.5, 1.0, 2.0])
+    return [
+        sample(x, t),
+        sample(x, t, weight, reduction="sum"),
+        sample(x, np.array([0, -100, 1, 2]), note="one target ignored"),
+        sample(deep, classes, weight, note="a class for each of several places"),
+        sample(deep, classes, weight, reduction="none", label_smoothing=0.2),
+        sample(x, t, label_smoothing=0.1),
+        sample(x + 800.0, t, ignore_index=2, smooth=False, note="no overflow"),
+    ]
+
+
+def _numpy_cross_entropy(
+    input: Any, target: Any, weight: Any = None, ignore_index: int = -100, reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:  # fmt: skip
+    rows = np.moveaxis(np.asarray(input), 1, -1)
+    rows = rows - rows.max(-1, keepdims=True)
+    logp = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+    classes = rows.shape[-1]
+    w = np.ones(classes) if weight is None else np.asarray(weight)
+    valid = np.asarray(target) != ignore_index
+    q = np.eye(classes)[np.where(valid, target, 0)]
+    share = (q * w).sum(-1) * valid
+    q = (1 - label_smoothing) * q + label_smoothing / classes
+    loss = -(q * w * logp).sum(-1) * valid
+    if reduction == "none":
+        return loss
+    return loss.sum() / (share.sum() if reduction == "mean" else 1.0)
+
+
+@primitive(
+    vjps=(_class_cross_entropy_vjp, None, None),
+    samples=_class_samples,
+    reference=_numpy_cross_entropy,
+)
+def class_cross_entropy(
+    m: Backend,
+    input: Array,
+    target: Array,
+    weight: Array | None = None,
+    /,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Array:
+    """Cross-entropy with class indices: what :func:`cross_entropy` records for them.
+
+    Its node keeps the logits and the targets, nothing of the size of the logits besides.
+
+    >>> import gpugrad as gg
+    >>> from gpugrad.ops.losses import class_cross_entropy
+    >>> class_cross_entropy(gg.asarray([[0.0, 0.0]]), gg.asarray([1]))
+    tensor(0.69314718)
+    """
+    _check_classes("cross_entropy", input, target, weight)
+    classes = input.shape[1]
+    _check_range("cross_entropy", m, target, ignore_index, classes)
+    dtype = input.dtype
+    if m.numpy_dtype(input).itemsize == 2:
+        input = m.astype(input, m.dtype("float32"))
+    counts, index, weights = _counted(m, input, target, weight, ignore_index)
+    z = input - m.max(input, axis=1, keepdims=True)
+    log_total = m.log(m.sum(m.exp(z), axis=1))
+    loss = m.where(counts != 0, log_total - _picked(m, z, index), 0.0) * weights
+    if label_smoothing:
+        if weight is None:
+            even = log_total * classes - m.sum(z, axis=1)
+        else:
+            even = log_total * m.sum(weight) - m.sum(z * _per_class(m, weight, z.ndim), axis=1)
+        loss = (1.0 - label_smoothing) * loss + (label_smoothing / classes) * counts * even
+    if reduction != "none":
+        loss = m.sum(loss)
+        if reduction == "mean":
+            loss = loss / m.sum(weights)
+    return loss if loss.dtype == dtype else m.astype(loss, dtype)
+
+
+def _probabilities_samples() -> list[Any]:
+    p = uniform((4, 3), seed=1)
+    return [
+        sample(normal((4, 3)), np.array([0, 2, 1, 2])),
+        sample(normal(3), np.array(1), note="a single element, without a batch"),
+        sample(normal((4, 3)), p / p.sum(1, keepdims=True), note="a distribution over classes"),
+        sample(normal((4, 3)), p, np.array([0.5, 1.0, 2.0]), label_smoothing=0.1, reduction="none"),
+    ]
+
+
+def _numpy_either(input: Any, target: Any, weight: Any = None, **kw: Any) -> Any:
+    input, target = np.asarray(input), np.asarray(target)
+    if target.dtype.kind in "iu":
+        if input.ndim == 1:
+            return _numpy_cross_entropy(input[None], target[None], weight, **kw)
+        return _numpy_cross_entropy(input, target, weight, **kw)
+    epsilon, classes = kw.get("label_smoothing", 0.0), input.shape[1]
+    q = (1 - epsilon) * target + epsilon / classes
+    logp = input - np.log(np.exp(input).sum(1, keepdims=True))
+    loss = -(q * logp * (1.0 if weight is None else weight)).sum(1)
+    return loss if kw.get("reduction") == "none" else loss.mean()
+
+
+@composite(samples=_probabilities_samples, reference=_numpy_either)
+def cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The cross-entropy of logits with classes or with distributions over classes.
+
+    Parameters
+    ----------
+    input:
+        Logits, shape (batch, classes, ...), or (classes,) for a single element.
+    target:
+        Integers: the index of the right class, shape (batch, ...). Floating-point numbers: a
+        probability for every class, the shape of ``input``.
+    weight:
+        Shape (classes,): how much each class counts. Default: all the same.
+    ignore_index:
+        Class index that adds nothing, neither to the loss nor to its gradient.
+    reduction:
+        ``"mean"`` divides by the weight of all targets that count (for distributions: by their
+        number), ``"sum"``, ``"none"``.
+    label_smoothing:
+        The share of the target that is spread evenly over all classes, from 0 to 1 (Szegedy et
+        al., arXiv:1512.00567).
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        Shapes or dtypes that do not fit, as the message says.
+    OutOfRangeError
+        On the CPU: a target that is no class, by its place. On a GPU nobody looks, because the
+        host would have to wait.
+
+    >>> import gpugrad as gg
+    >>> gg.cross_entropy(gg.asarray([[2.0, 0.0], [0.0, 2.0]]), gg.asarray([0, 1]))
+    tensor(0.12692801)
+    """
+    _check_reduction("cross_entropy", reduction)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ParameterError(
+            f"cross_entropy: label_smoothing is a share from 0 to 1, not {label_smoothing!r}"
+        )
+    input, target = _together(input, target)
+    if not input.ndim:
+        raise ShapeError("cross_entropy: input needs an axis of classes, got a 0-d tensor")
+    if input.ndim == 1:
+        loss = cross_entropy(expand_dims(input, axis=0), expand_dims(target, axis=0), weight,
+                             ignore_index, reduction, label_smoothing)  # fmt: skip
+        return squeeze(loss, axis=0) if reduction == "none" else loss
+    if target.dtype.kind in "iu":
+        return class_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    if target.dtype.kind == "b":
+        raise DTypeError("cross_entropy: target holds class indices or probabilities, not booleans")
+    if target.shape != input.shape:
+        raise ShapeError(
+            f"cross_entropy: input of shape {input.shape} and probabilities of shape "
+            f"{target.shape} must agree; class indices must be integers"
+        )
+    classes = input.shape[1]
+    if label_smoothing:
+        target = target * (1.0 - label_smoothing) + label_smoothing / classes
+    terms = target * differentiable.log_softmax(input, axis=1)
+    if weight is not None:
+        terms = terms * _per_class(differentiable, weight, input.ndim)
+    return _reduced("cross_entropy", -sum(terms, axis=1), reduction)
+
+
+def _numpy_nll(input: Any, target: Any, weight: Any = None) -> Any:
+    valid = target >= 0
+    w = (np.ones(input.shape[1]) if weight is None else weight)[target * valid] * valid
+    return -(w * input[np.arange(len(target)), target * valid]).sum() / w.sum()
+
+
+@composite(
+    samples=lambda: [
+        sample(np.log(uniform((4, 3))), np.array([0, 2, 1, 2])),
+        sample(np.log(uniform((4, 3))), np.array([0, -100, 1, 2]), np.array([0.5, 1.0, 2.0])),
+    ],
+    reference=_numpy_nll,
+)
+def nll_loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The negative of the log-probabilities that ``input`` gives to the right classes.
+
+    ``input`` holds log-probabilities, shape (batch, classes, ...); the rest is as in
+    :func:`cross_entropy`, which takes logits.
+
+    >>> import gpugrad as gg
+    >>> gg.nll_loss(gg.asarray([[-0.5, -1.0]]), gg.asarray([1]))
+    tensor(1.)
+    """
+    _check_reduction("nll_loss", reduction)
+    input, target = _together(input, target)
+    weight = None if weight is None else asarray(weight)
+    if input.ndim < 2:
+        raise ShapeError(f"nll_loss: input has axes (batch, classes, ...), got {input.shape}")
+    _check_classes("nll_loss", input, target, weight)
+    _check_range("nll_loss", input.backend, target.data, ignore_index, input.shape[1])
+    counts, index, weights = _counted(differentiable, input, target, weight, ignore_index)
+    loss = differentiable.where(counts != 0, -_picked(differentiable, input, index), 0.0) * weights
+    if reduction == "none":
+        return loss
+    return sum(loss) / sum(weights) if reduction == "mean" else sum(loss)
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def _reference(loss: Any) -> Any:
+    """A NumPy reference from the loss of each element."""
+
+    def reduced(input: Any, target: Any, reduction: str = "mean", **kw: Any) -> Any:
+        each = loss(np.asarray(input), np.asarray(target), **kw)
+        return each if reduction == "none" else getattr(np, reduction)(each)
+
+    return reduced
+
+
+def _two_samples(**options: Any) -> list[Any]:
+    x, t = distinct((3, 4)), np.zeros((3, 4))
+    return [sample(x, t, reduction=r, **options) for r in ("mean", "sum", "none")]
+
+
+@composite(samples=_two_samples, reference=_reference(lambda x, t: (x - t) ** 2))
+def mse_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
+    """The square of the difference, averaged over all elements unless ``reduction`` differs.
+
+    >>> import gpugrad as gg
+    >>> gg.mse_loss(gg.asarray([1.0, 3.0]), gg.asarray([1.0, 1.0]))
+    tensor(2.)
+    """
+    input, target = _pair("mse_loss", input, target)
+    return _reduced("mse_loss", differentiable.square(input - target), reduction)
+
+
+@composite(samples=_two_samples, reference=_reference(lambda x, t: abs(x - t)))
+def l1_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
+    """The absolute difference, averaged over all elements unless ``reduction`` differs.
+
+    Where the two are equal the derivative is taken as zero.
+
+    >>> import gpugrad as gg
+    >>> gg.l1_loss(gg.asarray([1.0, 3.0]), gg.asarray([1.0, 1.0]))
+    tensor(1.)
+    """
+    input, target = _pair("l1_loss", input, target)
+    return _reduced("l1_loss", abs(input - target), reduction)
+
+
+def _huber(d: Tensor, delta: float) -> Tensor:
+    """Half the square of ``d`` up to ``delta``, continued by its tangents."""
+    size = abs(d)
+    return differentiable.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
+
+
+def _numpy_huber(x: Any, t: Any, delta: float = 1.0) -> Any:
+    d = abs(x - t)
+    return np.where(d <= delta, 0.5 * d * d, delta * (d - 0.5 * delta))
+
+
+@composite(
+    samples=lambda: [*_two_samples(), *_two_samples(delta=0.7)],
+    reference=_reference(_numpy_huber),
+)
+def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 1.0) -> Tensor:
+    """Half the square of differences up to ``delta``, linear beyond (Huber, 1964).
+
+    >>> import gpugrad as gg
+    >>> gg.huber_loss(gg.asarray([0.5, 3.0]), gg.asarray([0.0, 0.0]), reduction="none")
+    tensor([0.125, 2.5  ])
+    """
+    if not delta > 0:
+        raise ParameterError(f"huber_loss: delta must be positive, got {delta!r}")
+    input, target = _pair("huber_loss", input, target)
+    return _reduced("huber_loss", _huber(input - target, delta), reduction)
+
+
+@composite(
+    samples=lambda: [*_two_samples(), *_two_samples(beta=0.7), *_two_samples(beta=0.0)],
+    reference=_reference(
+        lambda x, t, beta=1.0: _numpy_huber(x, t, beta) / beta if beta else abs(x - t)
+    ),
+)
+def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float = 1.0) -> Tensor:
+    """The absolute difference, with a parabola in place of the kink for differences below ``beta``.
+
+    It is :func:`huber_loss` divided by ``beta``, and :func:`l1_loss` for ``beta=0``.
+
+    >>> import gpugrad as gg
+    >>> gg.smooth_l1_loss(gg.asarray([0.5, 3.0]), gg.asarray([0.0, 0.0]), reduction="none")
+    tensor([0.125, 2.5  ])
+    """
+    if not beta >= 0:
+        raise ParameterError(f"smooth_l1_loss: beta must not be negative, got {beta!r}")
+    input, target = _pair("smooth_l1_loss", input, target)
+    d = input - target
+    return _reduced("smooth_l1_loss", _huber(d, beta) / beta if beta else abs(d), reduction)
+
+
+def _numpy_bce(
+    x: Any, t: Any, weight: Any = None, reduction: str = "mean", pos_weight: Any = None
+) -> Any:
+    p = 1 / (1 + np.exp(-x))
+    yes, each = (1.0 if w is None else w for w in (pos_weight, weight))
+    loss = -each * (yes * t * np.log(p) + (1 - t) * np.log(1 - p))
+    return loss if reduction == "none" else loss.mean()
+
+
+@composite(
+    samples=lambda: [
+        sample(normal((3, 4)), uniform((3, 4), seed=1)),
+        sample(normal((3, 4)), uniform((3, 4), seed=1), None, "mean", positive(4)),
+        sample(normal((3, 4)), uniform((3, 4), seed=1), positive((3, 1)), "none"),
+    ],
+    reference=_numpy_bce,
+)
+def binary_cross_entropy_with_logits(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    reduction: str = "mean",
+    pos_weight: Any = None,
+) -> Tensor:
+    """The cross-entropy of independent yes-or-no questions, from logits.
+
+    Parameters
+    ----------
+    input, target:
+        Logits, and the probabilities of a yes, of one shape.
+    weight:
+        Broadcasts to that shape: how much each element counts.
+    reduction:
+        ``"mean"`` over all elements, ``"sum"``, ``"none"``.
+    pos_weight:
+        Broadcasts to that shape: how much a yes counts in comparison with a no.
+
+    >>> import gpugrad as gg
+    >>> gg.binary_cross_entropy_with_logits(gg.asarray([0.0, 1000.0]), gg.asarray([1.0, 1.0]))
+    tensor(0.34657359)
+    """
+    x, t = _pair("binary_cross_entropy_with_logits", input, target)
+    yes = 1.0 if pos_weight is None else t * (pos_weight - 1.0) + 1.0
+    loss = (1.0 - t) * x - differentiable.logsigmoid(x) * yes
+    if weight is not None:
+        loss = loss * weight
+    return _reduced("binary_cross_entropy_with_logits", loss, reduction)

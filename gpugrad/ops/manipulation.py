@@ -1,5 +1,7 @@
 """One array seen otherwise: reshaping, permuting, broadcasting, casting, moving to a device."""
 
+# A declared operation is known to return Any; what it returns is a tensor.
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.core.primitive import PASS, composite, linear, sample
-from gpugrad.core.tensor import Tensor, as_tensor, tensor
+from gpugrad.core.tensor import Tensor, asarray
 from gpugrad.errors import ShapeError
 from gpugrad.ops.samples import normal
 
@@ -36,9 +38,7 @@ Axes = int | tuple[int, ...]
 def normal_axis(axis: int, ndim: int, name: str) -> int:
     """``axis`` counted from the front; ShapeError when there is no such axis."""
     if not -ndim <= axis < ndim:
-        raise ShapeError(
-            f"{name}: axis {axis} is out of bounds for an array of {ndim} dimensions"
-        )
+        raise ShapeError(f"{name}: axis {axis} is out of bounds for an array of {ndim} dimensions")
     return axis % ndim
 
 
@@ -310,7 +310,7 @@ def astype(x: Any, dtype: Any, /, *, copy: bool = True, device: str | None = Non
     >>> gg.astype(gg.asarray([1.5, -2.5]), gg.int64)
     tensor([ 1, -2])
     """
-    x = as_tensor(x) if hasattr(x, "shape") else tensor(x)
+    x = asarray(x)
     raw = x.backend.dtype(dtype)
     if copy or raw != x.data.dtype:
         x = cast(x, raw)
@@ -321,11 +321,11 @@ def astype(x: Any, dtype: Any, /, *, copy: bool = True, device: str | None = Non
 
 @linear(
     transpose=lambda g, m, x_device: m.to_device(g, x_device),
-    samples=lambda: [sample(normal((2, 3)), "cpu")],
+    samples=lambda: [sample(normal((2, 3)), device="cpu")],
     reference=lambda x, device: x,
 )
 def to_device(m: Backend, x: Array, /, device: str) -> Array:
-    """``x`` in the memory of ``device``, a string such as ``"cpu"`` or ``"cuda:0"``.
+    """A copy of ``x`` in the memory of ``device``, a string such as ``"cpu"`` or ``"cuda:0"``.
 
     Its gradient goes back to where ``x`` is. Raises DeviceError for a device that does not exist or
     cannot be used here.
@@ -354,7 +354,8 @@ def moveaxis(x: Any, source: Axes, destination: Axes, /) -> Tensor:
     >>> gg.moveaxis(gg.zeros((2, 3, 4)), 0, -1).shape
     (3, 4, 2)
     """
-    ndim = len(x.shape)
+    x = asarray(x)
+    ndim = x.ndim
     old, new = (
         [normal_axis(a, ndim, "moveaxis") for a in ((axes,) if isinstance(axes, int) else axes)]
         for axes in (source, destination)
@@ -381,8 +382,9 @@ def broadcast_arrays(*arrays: Any) -> tuple[Tensor, ...]:
     >>> [x.shape for x in gg.broadcast_arrays(gg.zeros(3), gg.zeros((2, 1)))]
     [(2, 3), (2, 3)]
     """
-    shape = common_shape("broadcast_arrays", *(x.shape for x in arrays))
-    return tuple(broadcast_to(x, shape) for x in arrays)
+    tensors = [asarray(x) for x in arrays]
+    shape = common_shape("broadcast_arrays", *(x.shape for x in tensors))
+    return tuple(broadcast_to(x, shape) for x in tensors)
 
 
 def common_shape(name: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:

@@ -149,9 +149,8 @@ def _var_vjp(
     return _keep(g, m, x.shape, axis, keepdims) * d * (2 / n if n > 0 else math.nan)
 
 
-_numpy_var = lambda x, axis=None, correction=0, keepdims=False: np.var(  # noqa: E731
-    x, axis=axis, ddof=correction, keepdims=keepdims
-)
+def _numpy_var(x: Any, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
+    return np.var(x, axis=axis, ddof=correction, keepdims=keepdims)
 
 
 @primitive(
@@ -188,7 +187,7 @@ def _std_vjp(
         sample(normal((2, 3)), axis=1, correction=1),
         sample(np.ones((2, 3)), smooth=False, note="the derivative is taken as 0 where std is 0"),
     ],
-    reference=lambda x, **kw: np.sqrt(_numpy_var(x, **kw)),
+    reference=lambda *args, **kw: np.sqrt(_numpy_var(*args, **kw)),
 )
 def std(
     m: Backend, x: Array, /, axis: Axis = None, correction: float = 0, keepdims: bool = False
@@ -207,11 +206,9 @@ def std(
 # -- extremes ------------------------------------------------------------------------------------
 
 
-def _extreme_vjp(
-    g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool
-) -> Array:
+def _extreme_vjp(g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool) -> Array:
     """The gradient in equal shares to all elements that are the extreme; a NaN is the extreme."""
-    chosen = m.astype((x == _keep(y, m, x.shape, axis, keepdims)) | (x != x), x.dtype)  # noqa: PLR0124
+    chosen = m.astype((x == _keep(y, m, x.shape, axis, keepdims)) | (x != x), x.dtype)
     share = chosen / m.sum(chosen, axis=axis, keepdims=True)
     return _keep(g, m, x.shape, axis, keepdims) * share
 
@@ -314,9 +311,7 @@ def _others(x: Array, m: Backend) -> Array:
     return m.concat([pairs * parts[1], pairs * parts[0], *single], axis=-1)
 
 
-def _prod_vjp(
-    g: Array, m: Backend, x: Array, axis: Axis, dtype: Any, keepdims: bool
-) -> Array:
+def _prod_vjp(g: Array, m: Backend, x: Array, axis: Axis, dtype: Any, keepdims: bool) -> Array:
     if dtype is not None:
         g = m.astype(g, x.dtype)
     ndim = x.ndim
@@ -424,9 +419,7 @@ def _logsumexp(m: Backend, x: Array, axis: Axis, keepdims: bool) -> Array:
     return m.where(empty, -math.inf, y)
 
 
-def _logsumexp_vjp(
-    g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool
-) -> Array:
+def _logsumexp_vjp(g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool) -> Array:
     inside = m.exp(x - _keep(_finite(y, m), m, x.shape, axis, keepdims))
     return _keep(g, m, x.shape, axis, keepdims) * inside
 

@@ -202,7 +202,7 @@ def acosh(m: Backend, x: Array, /) -> Array:
 
     >>> import gpugrad as gg
     >>> gg.acosh(gg.tensor([1.0, 2.0]))
-    tensor([0.        , 1.3169579 ])
+    tensor([0.       , 1.3169579])
     """
 
 

@@ -60,7 +60,8 @@ def adam(
     if weight_decay:
         g = g + weight_decay * p
     beta1, beta2 = betas
-    mean += (1 - beta1) * (g - mean)
+    mean *= beta1
+    mean += (1 - beta1) * g
     square *= beta2
     square += (1 - beta2) * (g * g)
     scale = lr / (1 - beta1**step)

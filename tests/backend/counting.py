@@ -19,6 +19,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -79,6 +80,11 @@ class Array:
         self.library.launch("setitem", operator.setitem, self, self.library.upload(index), value)
 
 
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_BITWISE = ("and_", "or_", "xor", "lshift", "rshift")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+
+
 def _binary(name: str) -> None:
     function = getattr(operator, name)
 
@@ -94,15 +100,13 @@ def _binary(name: str) -> None:
 
     bare = name.rstrip("_")
     setattr(Array, f"__{bare}__", forward)
-    if bare not in ("lt", "le", "gt", "ge", "eq", "ne"):
+    if name not in _COMPARISONS:
         setattr(Array, f"__r{bare}__", reflected)
         if bare not in ("and", "or"):
             setattr(Array, f"__i{bare}__", inplace)
 
 
-for _name in (
-    "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift lt le gt ge eq ne"
-).split():
+for _name in (*_ARITHMETIC, *_BITWISE, *_COMPARISONS):
     _binary(_name)
 for _name in ("neg", "pos", "abs", "invert"):
 
@@ -166,7 +170,7 @@ class Library:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._part, name)
-        if name in ("linalg", "fft"):
+        if isinstance(value, ModuleType):  # linalg, fft
             return Library(value, self._array, self._root)
         if not callable(value) or isinstance(value, type):
             return value
@@ -194,7 +198,9 @@ class CountingBackend(Backend):
             self.counts.launches += 1
         return Array(np.array(data._host, dtype=dtype, copy=copy))
 
-    def create(self, name: str, *args: Any, dtype: Any = None, device: Any = None, **kw: Any) -> Any:
+    def create(
+        self, name: str, *args: Any, dtype: Any = None, device: Any = None, **kw: Any
+    ) -> Any:
         return getattr(self.counts, name)(*args, dtype=dtype, **kw)
 
     def to_host(self, x: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,3 +293,20 @@ def test_an_error_inside_a_rule_says_where() -> None:
         from gpugrad.core.primitive import registry
 
         del registry["broken"]
+
+
+@pytest.mark.parametrize("factor", [1j, np.array([1j, 2j])])
+def test_complex_numbers_on_the_way_are_refused(factor: object) -> None:
+    x = leaf(1.0, 2.0)
+    y = x * factor
+    with pytest.raises(DTypeError, match="complex"):
+        y.backward(np.ones(2, complex))
+    assert x.grad is None
+
+
+def test_subclasses_of_an_array_broadcast_like_arrays(tmp_path: Path) -> None:
+    host = np.memmap(tmp_path / "x.bin", dtype="float64", mode="w+", shape=(1, 4))
+    host[:] = 2.0
+    x = gg.tensor(np.ones((3, 1)), requires_grad=True)
+    gg.sum(x * host).backward()
+    np.testing.assert_array_equal(x.grad.numpy(), np.full((3, 1), 8.0))

@@ -7,7 +7,7 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import nn
-from gpugrad.errors import DeviceError, GpugradError, ParameterError, ShapeError
+from gpugrad.errors import DeviceError, InplaceError, ParameterError, ShapeError
 from gpugrad.nn import functional as F
 
 
@@ -89,10 +89,8 @@ def test_train_eval_apply() -> None:
 def test_zero_grad() -> None:
     block = Block()
     gg.sum(block(gg.tensor(np.ones((2, 3), np.float32)))).backward()
-    before = [p.grad for p in block.parameters()]
-    assert all(g is not None for g in before)
+    assert all(p.grad is not None for p in block.parameters())
     block.zero_grad(set_to_none=False)
-    assert all(p.grad is g for p, g in zip(block.parameters(), before)) or True
     assert all(np.all(p.grad.numpy() == 0) for p in block.parameters())
     block.zero_grad()
     assert all(p.grad is None for p in block.parameters())
@@ -209,7 +207,7 @@ def test_loading_is_seen_by_a_recorded_graph() -> None:
     x = gg.tensor(np.ones((1, 2), np.float32), requires_grad=True)
     y = gg.sum(layer(x) * layer(x))
     layer.load_state_dict(nn.Linear(2, 2).state_dict())
-    with pytest.raises(gg.errors.InplaceError if hasattr(gg, "errors") else GpugradError):
+    with pytest.raises(InplaceError):
         y.backward()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import importlib
+import inspect
 import itertools
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +14,8 @@ from typing import Any
 import numpy as np
 
 import gpugrad as gg
+import gpugrad.nn
+import gpugrad.ops
 from gpugrad.backend import backend_for_device
 from gpugrad.core.graph import Leaf, reachable
 from gpugrad.core.primitive import Composite, Primitive, Sample, composites, registry
@@ -57,9 +62,7 @@ class Case:
         """The results, as a flat list, with ``operands`` in place of the sample's arrays."""
         primitive = isinstance(self.made, Primitive)
         args = [_filled(a, operands, device, primitive) for a in self.template]
-        kwargs = {
-            k: _filled(v, operands, device, primitive) for k, v in self.sample.kwargs.items()
-        }
+        kwargs = {k: _filled(v, operands, device, primitive) for k, v in self.sample.kwargs.items()}
         if device != "cpu" and not self.arrays and "device" in _parameters(self.made):
             kwargs["device"] = device
         return [gg.asarray(y) for y in flatten(self.made.function(*args, **kwargs))[0]]
@@ -86,8 +89,6 @@ class Case:
 
 
 def _parameters(made: Primitive | Composite) -> Any:
-    import inspect
-
     return inspect.signature(made.function).parameters
 
 
@@ -153,10 +154,10 @@ def cases(made: Primitive | Composite) -> list[Case]:
 
 def operations() -> list[Primitive | Composite]:
     """Every primitive and every composite of the library itself, not those of other tests."""
-    import importlib.util
-    if importlib.util.find_spec("gpugrad.nn.functional"): import gpugrad.nn  # noqa: F401 - declares operations of its own
-
-    found = [*registry.values(), *composites.values()]
+    for package in (gpugrad.ops, gpugrad.nn):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+    found: list[Primitive | Composite] = [*registry.values(), *composites.values()]
     return [made for made in found if home(made).startswith("gpugrad.")]
 
 
@@ -212,7 +213,7 @@ def moved(case: Case, device: str, dtype: Any = None) -> tuple[Any, list[gg.Tens
 
 def backward(
     case: Case, device: str, dtype: Any = None, *, create_graph: bool = False
-) -> tuple[list[gg.Tensor], list[gg.Tensor], list[gg.Tensor]]:
+) -> tuple[list[gg.Tensor], list[gg.Tensor], list[Any]]:
     """Operands, results, and the gradients of the moving operands for a random upstream."""
     operands = case.tensors(device, dtype, leaf=True)
     results = case.call(operands, device)
@@ -241,7 +242,7 @@ def check_value(case: Case, device: str) -> None:
     assert len(got) == len(want), f"{len(got)} results, the reference has {len(want)}"
     for y, w in zip(got, want, strict=True):
         assert y.dtype.kind == w.dtype.kind, f"dtype {y.dtype}, expected {w.dtype}"
-        assert y.device == device, f"a result on {y.device}"
+        assert y.device == device or "device" in _parameters(case.made), f"result on {y.device}"
         close(host(y), w, 1e-12, 1e-12 * scale_of([w]), "value")
 
 
@@ -287,7 +288,7 @@ def check_adjoint(case: Case, device: str) -> None:
     ys, tangents = gg.jvp(function, at, vs)
     _, transposed = gg.vjp(function, *at)
     ys, tangents = flatten(ys)[0], flatten(tangents)[0]
-    us = [gg.tensor(u, device=device) for u in upstream(ys)]
+    us = [gg.tensor(u, device=y.device) for u, y in zip(upstream(ys), ys, strict=True)]
     gradients = transposed(us[0] if len(us) == 1 else us)
     left = [host(u) * host(t) for u, t in zip(us, tangents, strict=True)]
     right = [host(g) * host(v) for g, v in zip(gradients, vs, strict=True)]
@@ -366,7 +367,7 @@ def check_layouts(case: Case) -> None:
 
 
 def _transposed(x: np.ndarray) -> np.ndarray:
-    return np.asfortranarray(x)
+    return np.array(x, order="F")
 
 
 def _strided(x: np.ndarray) -> np.ndarray:
@@ -377,7 +378,7 @@ def _strided(x: np.ndarray) -> np.ndarray:
 
 
 def _reversed(x: np.ndarray) -> np.ndarray:
-    every = (slice(None, None, -1),) * x.ndim
+    every: Any = (..., *(slice(None, None, -1),) * x.ndim)  # the dots keep a 0-d array an array
     return x[every].copy()[every]
 
 
@@ -425,6 +426,28 @@ def check_shapes(case: Case, device: str) -> None:
             assert g.dtype == operands[i].dtype
 
 
+def check_python_numbers(case: Case, device: str) -> None:
+    """A Python number in place of an operand: as an array of it, but weak in dtype."""
+    for k in case.moving:
+        number = float(case.arrays[k].flat[0])
+        others = [i for i in case.moving if i != k]
+        for dtype in ("float64", "float32"):
+            operands = case.tensors(device, dtype, leaf=True)
+            alike = case.tensors(device, dtype, leaf=True)
+            operands[k] = number
+            alike[k] = gg.tensor(number, dtype=dtype, device=device)
+            results, expected = case.call(operands, device), case.call(alike, device)
+            for y, w in zip(results, expected, strict=True):
+                assert y.dtype == w.dtype, f"{dtype} with a Python number gave {y.dtype}"
+                close(host(y.detach()), host(w.detach()), 1e-6, 1e-6, "value beside a number")
+            pull(results)
+            pull(expected)
+            for i in others:
+                got, want = operands[i].grad, alike[i].grad
+                assert got.dtype == want.dtype
+                close(host(got), host(want), 1e-6, 1e-6, "gradient beside a number")
+
+
 def _with(case: Case, arrays: list[np.ndarray]) -> Case:
     return Case(case.made, case.sample, case.number, case.template, tuple(arrays), case.moving)
 
@@ -466,5 +489,6 @@ def check_documented(made: Primitive | Composite) -> None:
     test = parser.get_doctest(doc, {}, made.name, home(made), 0)
     report: list[str] = []
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    outcome = doctest.DocTestRunner(verbose=False, optionflags=flags).run(test, report.append)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=flags)
+    outcome = runner.run(test, out=report.append)
     assert outcome.failed == 0, "".join(report)

@@ -11,7 +11,16 @@ from tests.ops import harness
 from tests.ops.harness import DEVICES, Case
 
 #: (operation, check) → why the check does not apply. Nothing else is left out.
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("nextafter", "check_float32"): "the neighbour of a number depends on the dtype",
+    ("swiglu", "check_python_numbers"): "an activation's operand is an array",
+    ("geglu", "check_python_numbers"): "an activation's operand is an array",
+    (
+        "clamp",
+        "check_python_numbers",
+    ): "what is clipped is an array",
+    ("clamp", "check_mixed_dtypes"): "the standard leaves the dtype of mixed bounds to the library",
+}
 
 OPERATIONS = harness.operations()
 CASES = [case for made in OPERATIONS for case in harness.cases(made)]
@@ -120,12 +129,25 @@ def test_mixed_dtypes(case: Case, device: str) -> None:
     run(harness.check_mixed_dtypes, case, device)
 
 
+@on_every_device
+@over([c for c in ELEMENTWISE if len(c.moving) > 1])
+def test_python_numbers(case: Case, device: str) -> None:
+    run(harness.check_python_numbers, case, device)
+
+
 def test_every_elementwise_operation_meets_every_shape() -> None:
     names = {made.name for made in OPERATIONS if isinstance(made, Primitive) and made.elementwise}
     assert names == {case.name for case in ELEMENTWISE}
 
 
-def test_exceptions_are_about_operations_and_checks_that_exist() -> None:
-    for name, check in EXCEPTIONS:
-        assert name in {made.name for made in OPERATIONS}
-        assert hasattr(harness, check)
+@pytest.mark.parametrize(("name", "check"), EXCEPTIONS)
+def test_exceptions_are_needed(name: str, check: str) -> None:
+    """An exception that no longer fails anywhere has to go."""
+    failed = 0
+    for case in (c for c in CASES if c.name == name and c.arrays):
+        for device in DEVICES:
+            try:
+                getattr(harness, check)(case, device)
+            except Exception:
+                failed += 1
+    assert failed
