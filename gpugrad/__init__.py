@@ -26,6 +26,7 @@ from gpugrad.core.transforms import (
 )
 from gpugrad.core.view import Graph, graph
 from gpugrad.nn.random import Generator, manual_seed
+from gpugrad.ops.arithmetic import clip as clip  # the function, not the package gpugrad.clip
 from gpugrad.ops import *  # noqa: F403 - the array namespace; each module's __all__ says what
 
 __version__ = "0.1.0"

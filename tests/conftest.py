@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from functools import cache
 
 import hypothesis
 import pytest
@@ -15,18 +14,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("gpugrad")
 
 
-@cache
-def cuda_device() -> bool:
-    """Whether a CUDA device can be used: CuPy installs and imports fine without one."""
-    try:
-        import cupy
-    except ImportError:
-        return False
-    return bool(cupy.is_available())
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch") and not importlib.util.find_spec("torch"):
         pytest.skip("compares with PyTorch, which is not installed")
-    if item.get_closest_marker("gpu") and not cuda_device():
-        pytest.skip("needs a CUDA device and CuPy")
+    if item.get_closest_marker("gpu"):
+        from gpugrad.backend import is_usable
+
+        if not is_usable("cuda"):
+            pytest.skip("needs a CUDA device and CuPy")

@@ -46,6 +46,13 @@ def PASS(g: Any) -> Any:  # noqa: N802 - a constant among rules
 #: What a rule can ask of an operand ``x``: itself, ``x_shape``, ``x_dtype``, ``x_device``.
 FACETS = ("", "_shape", "_dtype", "_device")
 
+#: Names that a rule or the generated code around it gives a meaning of its own.
+RESERVED = frozenset({
+    "aux", "fail", "foreign", "g", "implementations", "kind", "kind_of", "kwargs", "lift",
+    "lift_all", "m", "made", "meta_of", "n", "needs", "new", "next_seq", "node_class", "normalise",
+    "parents", "record", "records", "same", "t", "y", "error",
+})  # fmt: skip
+
 #: Every primitive by name.
 registry: dict[str, Primitive] = {}
 
@@ -309,6 +316,12 @@ def _read_signature(
 
 def _check(made: Primitive) -> None:
     """Refuse a declaration whose rules ask for something that does not exist."""
+    taken = RESERVED & {*made.operands, *made.parameters}
+    if taken:
+        raise DeclarationError(
+            f"{made.name}: {sorted(taken)} are names of the engine's own; choose others for "
+            "operands and parameters"
+        )
     count = len(made.operands)
     for kind, rules in (("derivative rule", made.rules), ("jvp rule", made.jvps)):
         if rules is not None and len(rules) != count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
@@ -36,6 +37,21 @@ def identity(m, x, /):  # type: ignore[no-untyped-def]
 # -- inputs and outputs -----------------------------------------------------------------------------
 
 
+class _Inside(threading.local):
+    """How many differentiated calls this thread is inside of."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+
+_inside = _Inside()
+
+
 class _Call:
     """One call of ``f`` with the arguments ``argnums`` made into fresh inputs of the graph.
 
@@ -55,7 +71,8 @@ class _Call:
         full = list(args)
         self.inputs: list[Tensor] = []
         self.rebuilders = []
-        with enable_grad():
+        watched = is_grad_enabled()
+        with enable_grad(), _inside:
             for i in argnums:
                 leaves, rebuild = flatten(full[i])
                 fresh = [self._input(x) for x in leaves]
@@ -63,7 +80,10 @@ class _Call:
                 self.inputs += fresh
                 self.rebuilders.append((rebuild, len(fresh)))
             self.since = next_seq()
-            self.recorded = is_grad_enabled() and any(not x.is_leaf for x in self.inputs)
+            # Whoever records an input, or a call around this one that may differentiate with
+            # respect to something else in f, wants derivatives that are recorded too.
+            nested = _inside.depth > 1 or any(not x.is_leaf for x in self.inputs)
+            self.recorded = watched and nested
             self.output = f(*full, **kwargs)
 
     def _input(self, x: Any) -> Tensor:
@@ -172,7 +192,8 @@ def grad(
         ``f`` returns ``(y, aux)``, and the result is ``(gradient, aux)``.
     create_graph:
         Record the gradient, to differentiate it again. Default: yes where an argument is recorded
-        itself, so that ``grad(grad(f))`` works as it reads.
+        itself, and inside another differentiated function, so that ``grad(grad(f))`` works as it
+        reads.
 
     >>> import gpugrad as gg
     >>> cube = lambda x: x * x * x

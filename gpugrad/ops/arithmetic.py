@@ -14,7 +14,7 @@ from gpugrad.ops.samples import distinct, normal, uniform
 __all__ = [
     "add", "subtract", "multiply", "divide", "floor_divide", "remainder", "pow",
     "negative", "positive", "abs", "sign", "sqrt", "square", "reciprocal", "hypot", "copysign",
-    "minimum", "maximum", "clip", "floor", "ceil", "round", "trunc",
+    "minimum", "maximum", "clip", "floor", "ceil", "round", "trunc", "real", "imag", "conj",
 ]  # fmt: skip
 
 
@@ -507,3 +507,50 @@ def trunc(m: Backend, x: Array, /) -> Array:
     >>> gg.trunc(gg.tensor([1.7, -1.7]))
     tensor([ 1., -1.])
     """
+
+
+# -- complex numbers, which are computed with but not differentiated -------------------------------
+
+
+def _complex_samples() -> Any:
+    return [
+        sample(normal((2, 3))),
+        sample(normal((2, 3), 1) + 1j * normal((2, 3), 2), smooth=False, note="complex"),
+    ]
+
+
+def _is_complex(m: Backend, x: Array) -> bool:
+    return m.numpy_dtype(x).kind == "c"
+
+
+@elementwise(partials=(PASS,), samples=_complex_samples, reference=np.real)
+def real(m: Backend, x: Array, /) -> Array:
+    """The real part of ``x``; real numbers pass as they are, and so does their gradient.
+
+    >>> import gpugrad as gg
+    >>> gg.real(gg.tensor([1.0 + 2.0j, 3.0]))
+    tensor([1., 3.])
+    """
+    return m.positive(m.real(x) if _is_complex(m, x) else x)
+
+
+@elementwise(partials=(lambda g, m: m.zeros_like(g),), samples=_complex_samples, reference=np.imag)
+def imag(m: Backend, x: Array, /) -> Array:
+    """The imaginary part of ``x``, zero for real numbers.
+
+    >>> import gpugrad as gg
+    >>> gg.imag(gg.tensor([1.0 + 2.0j, 3.0]))
+    tensor([2., 0.])
+    """
+    return m.positive(m.imag(x)) if _is_complex(m, x) else m.zeros_like(x)
+
+
+@elementwise(partials=(PASS,), samples=_complex_samples, reference=np.conj)
+def conj(m: Backend, x: Array, /) -> Array:
+    """The complex conjugate of ``x``; real numbers pass as they are, and so does their gradient.
+
+    >>> import gpugrad as gg
+    >>> gg.conj(gg.tensor([1.0 + 2.0j]))
+    tensor([1.-2.j], dtype=complex128)
+    """
+    return m.conj(x) if _is_complex(m, x) else m.positive(x)

@@ -23,12 +23,12 @@ __all__ = ["concat", "pad", "repeat", "split", "stack", "tile", "unstack"]
 
 
 def _concat_vjp(
-    g: Array, m: Backend, arrays_shape: list[tuple[int, ...]], axis: int | None,
+    g: Array, m: Backend, parts_shape: list[tuple[int, ...]], axis: int | None,
     needs: tuple[bool, ...],
 ) -> list[Array | None]:  # fmt: skip
     grads: list[Array | None] = []
     start = 0
-    for shape, needed in zip(arrays_shape, needs):
+    for shape, needed in zip(parts_shape, needs):
         stop = start + (math.prod(shape) if axis is None else shape[axis])
         part = m.getitem(g, along((axis or 0) % g.ndim, slice(start, stop))) if needed else None
         grads.append(m.reshape(part, shape) if needed and axis is None else part)
@@ -45,7 +45,7 @@ def _concat_vjp(
     ],
     reference=lambda *arrays, axis=0: np.concatenate(arrays, axis=axis),
 )
-def concatenate(m: Backend, *arrays: Array, axis: int | None = 0) -> Array:
+def concatenate(m: Backend, *parts: Array, axis: int | None = 0) -> Array:
     """The arrays joined along an axis they have: what :func:`concat` records.
 
     >>> import gpugrad as gg
@@ -53,7 +53,7 @@ def concatenate(m: Backend, *arrays: Array, axis: int | None = 0) -> Array:
     >>> concatenate(gg.asarray([1, 2]), gg.asarray([3]))
     tensor([1, 2, 3])
     """
-    return m.concat(arrays, axis=axis)
+    return m.concat(parts, axis=axis)
 
 
 @composite(
@@ -90,7 +90,7 @@ def _stack_vjp(g: Array, m: Backend, axis: int, needs: tuple[bool, ...]) -> list
     ],
     reference=lambda *arrays, axis=0: np.stack(arrays, axis=axis),
 )
-def stacked(m: Backend, *arrays: Array, axis: int = 0) -> Array:
+def stacked(m: Backend, *parts: Array, axis: int = 0) -> Array:
     """The arrays joined along a new axis: what :func:`stack` records.
 
     >>> import gpugrad as gg
@@ -99,7 +99,7 @@ def stacked(m: Backend, *arrays: Array, axis: int = 0) -> Array:
     tensor([[1, 3],
             [2, 4]])
     """
-    return m.stack(arrays, axis=axis)
+    return m.stack(parts, axis=axis)
 
 
 @composite(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +54,8 @@ def old_driver() -> None:
 
 def no_device() -> None:
     install(error=(100, "cudaErrorNoDevice"))
-    unusable("finds no GPU", "nvidia-smi")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "7"
+    unusable("finds no GPU", "CUDA_VISIBLE_DEVICES is '7'", "nvidia-smi")
 
 
 def no_device_counted() -> None:
@@ -291,6 +293,12 @@ def sharing(cupy: Any, m: Any) -> None:
     assert "cuda:0" in repr(x)
 
 
+@gg.primitive(vjp=lambda g, a, b: (g * b, g * a))
+def with_joint_rule(m: Any, a: Any, b: Any, /) -> Any:
+    """A product whose rule is written with operators, for both operands at once."""
+    return a * b
+
+
 def two_gpus() -> None:
     cupy = install(gpus=2)
     runtime = cupy.cuda.runtime
@@ -328,6 +336,10 @@ def two_gpus() -> None:
     (a * b + b * c + c * a).backward()  # gradients of the outputs arrive twice
     assert z.grad.device == "cuda:1"
     assert z.grad.tolist() == [3.0, 2.0, 1.0]
+    z.grad = None
+    with_joint_rule(z, z + 1.0).sum().backward()
+    assert z.grad.device == "cuda:1"
+    assert z.grad.tolist() == [1.0, 3.0, 5.0]
     dx = gg.grad(lambda t: gg.sum(gg.sin(t) * t))(y.detach())
     assert dx.device == "cuda:1"
     with gg.no_grad():

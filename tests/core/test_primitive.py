@@ -124,6 +124,7 @@ def test_a_node_saves_exactly_what_its_rules_name() -> None:
         (lambda: gg.primitive(vjps=(None,), vjp=lambda g: g)(_unary), "not both"),
         (lambda: gg.elementwise(partials=None)(lambda x: x), "first argument of a forward is m"),
         (lambda: gg.elementwise(partials=None)(lambda m: 0), "positional-only"),
+        (lambda: gg.primitive(vjps=(None,))(lambda m, x, /, kind=1: x), "kind.*engine's own"),
     ],
 )
 def test_declarations_that_do_not_hold_together(make: Any, message: str) -> None:

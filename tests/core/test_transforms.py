@@ -77,6 +77,17 @@ def test_perturbations_are_not_confused() -> None:
     assert float(gg.grad(forward)(1.0)) == 1.0
 
 
+def test_an_inner_derivative_with_respect_to_something_else() -> None:
+    # d/db of (d/da a^b at 2) = d/db b 2^(b-1) = 2^(b-1) (1 + b log 2)
+    expected = 4 * (1 + 3 * math.log(2))
+    assert float(gg.grad(lambda b: gg.grad(lambda a: a**b)(2.0))(3.0)) == pytest.approx(expected)
+    assert float(gg.grad(gg.grad(gg.pow), 1)(2.0, 3.0)) == pytest.approx(expected)
+    inner = gg.jvp(lambda b: gg.grad(lambda a: a**b)(2.0), (3.0,), (1.0,))[1]
+    assert float(inner) == pytest.approx(expected)
+    pulled = gg.grad(lambda b: gg.vjp(lambda a: a**b, 2.0)[1](1.0)[0])(3.0)
+    assert float(pulled) == pytest.approx(expected)
+
+
 def test_all_four_ways_to_a_second_derivative() -> None:
     def f(x: Any) -> Any:
         return gg.sum(gg.exp(x) * gg.sin(x))

@@ -108,7 +108,7 @@ def test_operands_of_a_variadic_primitive() -> None:
     x, y = leaf(1.0), leaf(2.0)
     g = gg.graph(gg.concat([x, gg.tensor([5.0]), y]), gradient=[1.0, 2.0, 3.0])
     assert [(e.operand, e.gradient.tolist()) for e in g.edges] == [
-        ("arrays[0]", [1.0]), ("arrays[2]", [3.0]),
+        ("parts[0]", [1.0]), ("parts[2]", [3.0]),
     ]  # fmt: skip
     assert g.operations[0].operands == ("arrays[0]", "arrays[1]", "arrays[2]")
 
