@@ -8,7 +8,7 @@ from typing import Any
 
 from gpugrad.backend import SPACES, Array, Backend, backend_for_device
 from gpugrad.core.graph import mutations
-from gpugrad.core.tensor import Tensor
+from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import DeviceError, ParameterError
 
 __all__ = [
@@ -36,7 +36,7 @@ def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     p = check_norm_type(norm_type)
     arrays = [x.data for x in tensors]
     if not arrays:
-        return Tensor(backend_for_device("cpu").asarray(0.0, dtype="float32"))
+        return tensor_of(backend_for_device("cpu").asarray(0.0, dtype="float32"))
     space = SPACES[type(arrays[0])]
     _check_one_place(arrays)
     return _scalar(space.bind(_norm)(*arrays, space=space, p=p), arrays[0])
@@ -169,7 +169,7 @@ def _check_one_place(arrays: Sequence[Array]) -> None:
 
 def _scalar(y: Any, like: Array) -> Tensor:
     """A 0-d tensor of `y`, for which some libraries return a scalar object of their own."""
-    return Tensor(y if type(y) is type(like) else SPACES[type(like)].asarray(y))
+    return tensor_of(y if type(y) is type(like) else SPACES[type(like)].asarray(y))
 
 
 def _changed(x: Tensor, data: Array) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.core.primitive import differentiable
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor, asarray, tensor_of
 from gpugrad.core.transforms import jvp, vjp
 from gpugrad.core.tree import flatten
 from gpugrad.errors import DTypeError, GradientCheckError
@@ -61,7 +61,7 @@ def check_grads(
 
     def random_like(x: Tensor) -> Tensor:
         space = x.backend
-        return Tensor(space.asarray(rng.standard_normal(x.shape), device=space.device(x.data)))
+        return tensor_of(space.asarray(rng.standard_normal(x.shape), device=space.device(x.data)))
 
     vs = [random_like(x) for x in tensors]
     step = eps * max([1.0, *(float(np.max(np.abs(x.backend.to_host(x.data)))) for x in tensors
@@ -115,6 +115,6 @@ def _host(x: Tensor) -> np.ndarray[Any, Any]:
 def _like(values: Sequence[np.ndarray[Any, Any]], tree: Any) -> list[Tensor]:
     """The arrays ``values`` on the device and with the dtype of the leaves of ``tree``."""
     return [
-        Tensor(y.backend.asarray(u, dtype=y.dtype, device=y.backend.device(y.data)))
+        tensor_of(y.backend.asarray(u, dtype=y.dtype, device=y.backend.device(y.data)))
         for u, y in zip(values, flatten(tree)[0], strict=True)
     ]

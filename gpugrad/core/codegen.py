@@ -21,10 +21,9 @@ from gpugrad.core import graph
 from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, GenericNode, Node, Pick, fit, next_seq
 from gpugrad.core.modes import gate, is_grad_enabled, records
 from gpugrad.core.primitive import FACETS, PASS, Primitive, registry
-from gpugrad.core.tensor import SCALARS, Tensor
+from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
 
-_new = object.__new__
 
 #: Added to the mask of a node class that undoes broadcasting.
 FIT = 256
@@ -318,7 +317,7 @@ def function_source(made: Primitive) -> str:
         return "\n".join(lines)
     wanted = [i for i in count if made.rules[i] is not None]  # type: ignore[index]
     nothing = " and ".join(f"p{i} is None" for i in wanted)
-    add("    t = new(Tensor)")
+    add("    t = Tensor()")
     add("    t.data = y")
     add(f"    if {nothing} or gate_ and not records(t):")
     add("        t._node = None")
@@ -459,7 +458,7 @@ def record(
         or all(p is None for p in parents)
         or (gate and not is_grad_enabled())
     ):
-        return tuple(Tensor(x) for x in y) if several else Tensor(y)
+        return tuple(tensor_of(x) for x in y) if several else tensor_of(y)
     mask = tuple(p is not None for p in parents)
     saved: dict[str, Any] = {}
     for name in made.saved_names(mask):
@@ -482,9 +481,9 @@ def record(
     node = GenericNode(made, parents, saved, parameters, metas)
     if several:
         node.outputs = len(y)
-        out: Any = tuple(Tensor(x, Pick(node, i)) for i, x in enumerate(y))
+        out: Any = tuple(tensor_of(x, Pick(node, i)) for i, x in enumerate(y))
     else:
-        out = Tensor(y, node)
+        out = tensor_of(y, node)
     if gate:
         for t in out if several else (out,):
             records(t)
@@ -499,7 +498,7 @@ def build(made: Primitive) -> None:
     scope: dict[str, Any] = {
         "Tensor": Tensor, "SCALARS": SCALARS, "SPACES": SPACES, "lift": lift, "lift_all": lift_all,
         "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,
-        "record": record, "meta_of": meta_of, "new": _new, "next_seq": next_seq, "gate_": gate,
+        "record": record, "meta_of": meta_of, "next_seq": next_seq, "gate_": gate,
         "records": records, "made": made, "node_class": node_class,
         "implementations": made.implementations, "__name__": made.forward.__module__,
     }  # fmt: skip

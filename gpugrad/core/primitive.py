@@ -49,7 +49,7 @@ FACETS = ("", "_shape", "_dtype", "_device")
 #: Names that a rule or the generated code around it gives a meaning of its own.
 RESERVED = frozenset({
     "aux", "fail", "foreign", "g", "implementations", "kind", "kind_of", "kwargs", "lift",
-    "lift_all", "m", "made", "meta_of", "n", "needs", "new", "next_seq", "node_class", "normalise",
+    "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class", "normalise",
     "parents", "record", "records", "same", "t", "y", "error",
 })  # fmt: skip
 

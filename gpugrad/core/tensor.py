@@ -39,10 +39,6 @@ class Tensor:
     data: Array
     _node: Any
 
-    def __init__(self, data: Array, node: Any = None) -> None:
-        self.data = data
-        self._node = node
-
     # -- what it is -----------------------------------------------------------------------------
 
     @property
@@ -173,7 +169,7 @@ class Tensor:
 
     def detach(self) -> Tensor:
         """A tensor of the same array outside the graph. Nothing is copied."""
-        return Tensor(self.data)
+        return tensor_of(self.data)
 
     def backward(
         self,
@@ -211,7 +207,7 @@ class Tensor:
         g = seed(self, gradient, create_graph)
         retain = create_graph if retain_graph is None else retain_graph
         given = () if gradient is None or create_graph else (g,)
-        deposit(*walk([(self._node, g)], retain=retain, wrap=Tensor if create_graph else None),
+        deposit(*walk([(self._node, g)], retain=retain, wrap=tensor_of if create_graph else None),
                 given)  # fmt: skip
 
     # -- where it lives -----------------------------------------------------------------------------
@@ -303,7 +299,8 @@ class Tensor:
         if not self.is_leaf:
             raise GraphError("deepcopy: only leaves can be copied with their place; detach() first")
         space = SPACES[type(self.data)]
-        twin = type(self)(space.asarray(self.data, device=space.device(self.data), copy=True))
+        twin = type(self).__new__(type(self))
+        twin.data = space.asarray(self.data, device=space.device(self.data), copy=True)
         twin._node = None if self._node is None else Leaf()
         if self.grad is not None:
             twin.grad = self.grad.__deepcopy__(memo) if self.grad.is_leaf else self.grad.detach()
@@ -323,7 +320,7 @@ class Tensor:
         )
         if not recorded:
             value = other.data if isinstance(other, Tensor) else other
-            result = operation(Tensor(self.data), value)
+            result = operation(tensor_of(self.data), value)
             self._expect_same(name, result)
             space = SPACES[type(self.data)]
             if space.mutable:
@@ -487,13 +484,25 @@ class Tensor:
         def dot(self, other: Any) -> Tensor: ...
 
 
+def tensor_of(data: Array, node: Any = None) -> Tensor:
+    """The tensor of an array, as it is, at a place in the graph.
+
+    In place of an ``__init__``, which would make every operation that builds a tensor slower.
+    """
+    made = Tensor()
+    made.data = data
+    made._node = node
+    return made
+
+
 class Parameter(Tensor):
     """A tensor that a module owns and an optimiser trains."""
 
     __slots__ = ()
 
     def __init__(self, data: Any, requires_grad: bool = True) -> None:
-        super().__init__(data.data if isinstance(data, Tensor) else data)
+        self.data = data.data if isinstance(data, Tensor) else data
+        self._node = None
         if requires_grad:
             self.requires_grad_()
 
@@ -558,9 +567,9 @@ def seed(y: Tensor, gradient: Any, create_graph: bool) -> Any:
                 f"{y.shape}; reduce it (y.sum()) or pass gradient="
             )
         g = space.ones_like(y.data)
-        return Tensor(g) if create_graph else g
+        return tensor_of(g) if create_graph else g
     if not isinstance(gradient, Tensor):
-        gradient = Tensor(space.asarray(gradient, dtype=y.dtype, device=space.device(y.data)))
+        gradient = tensor_of(space.asarray(gradient, dtype=y.dtype, device=space.device(y.data)))
     if gradient.shape != y.shape:
         raise ShapeError(
             f"backward: the gradient has shape {gradient.shape}, the tensor {y.shape}; "
@@ -589,7 +598,7 @@ def deposit(
         for leaf, g in found.items():
             hooked = leaf.extra is not None
             if hooked and leaf.extra.hooks:
-                tensor = g if isinstance(g, Tensor) else Tensor(g)
+                tensor = g if isinstance(g, Tensor) else tensor_of(g)
                 for hook in list(leaf.extra.hooks.values()):
                     out = hook(tensor)
                     if out is not None:
@@ -604,9 +613,9 @@ def deposit(
                 if (not mine and (id(g) in shared or space.is_view(g))) or hooked:
                     g = space.asarray(g, device=space.device(g), copy=True)
                 shared.add(id(g))
-                leaf.grad = Tensor(g)
+                leaf.grad = tensor_of(g)
             elif old._node is not None or not space.mutable:
-                leaf.grad = Tensor((old.detach() + Tensor(g)).data)
+                leaf.grad = tensor_of((old.detach() + tensor_of(g)).data)
             else:
                 total = old.data
                 graph.add_into(total, g)
@@ -615,7 +624,7 @@ def deposit(
 
 def as_tensor(x: Any) -> Tensor:
     """``x`` itself when it is a tensor, else a tensor of the array ``x``."""
-    return x if isinstance(x, Tensor) else Tensor(x)
+    return x if isinstance(x, Tensor) else tensor_of(x)
 
 
 differentiable.as_tensor = as_tensor
@@ -651,7 +660,7 @@ def tensor(
     tensor([[1., 2.],
             [3., 4.]], dtype=float32)
     """
-    out = Tensor(_array(data, dtype, device, copy=True))
+    out = tensor_of(_array(data, dtype, device, copy=True))
     return out.requires_grad_() if requires_grad else out
 
 
@@ -672,7 +681,7 @@ def asarray(
     """
     if isinstance(obj, Tensor) and not copy:
         return obj.to(device, dtype) if (device or dtype is not None) else obj
-    return Tensor(_array(obj, dtype, device, copy=copy))
+    return tensor_of(_array(obj, dtype, device, copy=copy))
 
 
 def from_dlpack(x: Any, /, *, device: str | None = None, copy: bool | None = None) -> Tensor:
@@ -685,7 +694,7 @@ def from_dlpack(x: Any, /, *, device: str | None = None, copy: bool | None = Non
     host = x.__dlpack_device__()[0] in (1, 3)  # ordinary and pinned memory
     space = backend_for_device(device or ("cpu" if host else "cuda"))
     try:
-        return Tensor(space.from_dlpack(x, device=device, copy=copy))
+        return tensor_of(space.from_dlpack(x, device=device, copy=copy))
     except BufferError as error:  # what the protocol raises for an export that cannot be
         raise DeviceError(f"from_dlpack: {type(x).__name__} cannot be shared: {error}") from error
 

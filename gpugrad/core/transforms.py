@@ -11,7 +11,7 @@ from typing import Any
 from gpugrad.core.graph import Leaf, Node, Pick, evaluate, next_seq, pullback, reachable, walk
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad
 from gpugrad.core.primitive import differentiable, linear, sample
-from gpugrad.core.tensor import Tensor, asarray, check_differentiable, seed
+from gpugrad.core.tensor import Tensor, asarray, check_differentiable, seed, tensor_of
 from gpugrad.core.tree import flatten
 from gpugrad.errors import GraphError, ShapeError
 
@@ -91,7 +91,7 @@ class _Call:
         check_differentiable(x.data, self.name)
         if x._node is not None:
             return differentiable.identity(x)  # type: ignore[no-any-return]
-        return Tensor(x.data, Leaf())
+        return tensor_of(x.data, Leaf())
 
     def scalar(self, y: Any) -> Tensor:
         if not isinstance(y, Tensor):
@@ -108,7 +108,7 @@ class _Call:
         seeds = [(y._node, g) for y, g in zip(ys, gs, strict=True)
                  if isinstance(y, Tensor) and y._node is not None]  # fmt: skip
         borrowed, owned = walk(
-            seeds, retain=retain, wrap=Tensor if create else None, since=self.since
+            seeds, retain=retain, wrap=tensor_of if create else None, since=self.since
         )
         out = []
         for x in self.inputs:
@@ -120,7 +120,7 @@ class _Call:
             else:  # the caller gets memory of its own
                 space = x.backend
                 shared = x._node not in owned and (space.is_view(g) or any(g is s for _, s in seeds))
-                out.append(Tensor(space.asarray(g, device=space.device(g), copy=shared or None)))
+                out.append(tensor_of(space.asarray(g, device=space.device(g), copy=shared or None)))
         return out
 
     def nest(self, flat: Sequence[Tensor]) -> list[Any]:
@@ -272,7 +272,7 @@ def jvp(f: Function, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[A
     call = _Call("jvp", f, primals, {}, range(len(primals)))
     given = []
     for t, x in zip(_matching("jvp", tangents, call.inputs), call.inputs, strict=True):
-        t = t if isinstance(t, Tensor) else Tensor(x.backend.asarray(t, dtype=x.dtype))
+        t = t if isinstance(t, Tensor) else tensor_of(x.backend.asarray(t, dtype=x.dtype))
         if t.shape != x.shape:
             raise ShapeError(f"jvp: a tangent of shape {t.shape} for a primal of shape {x.shape}")
         given.append(t)
@@ -290,7 +290,7 @@ def jvp(f: Function, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[A
 
 def _push(roots: Sequence[Any], known: dict[Any, Any], since: int, create: bool) -> None:
     """Carry tangents from the inputs in ``known`` up to ``roots``, filling ``known`` on the way."""
-    wrap: Function = Tensor if create else lambda x, _node=None: Tensor(x)
+    wrap: Function = tensor_of if create else lambda x, _node=None: tensor_of(x)
     for node in reversed(list(reachable(roots, since))):
         if node in known or node.seq <= since:
             continue
@@ -338,7 +338,7 @@ def _transposed(node: Node, moving: dict[int, Any], wrap: Function) -> Any:
     shapes = metas[-1] if node.primitive.outputs != 1 else [metas[-1]]
     with enable_grad():
         dummies = [
-            Tensor(differentiable.zeros(s, dtype=first.dtype, device=first.device).data, Leaf())
+            tensor_of(differentiable.zeros(s, dtype=first.dtype, device=first.device).data, Leaf())
             for s in shapes
         ]
         g: Any = dummies[0] if node.primitive.outputs == 1 else dict(enumerate(dummies))
@@ -352,9 +352,9 @@ def _transposed(node: Node, moving: dict[int, Any], wrap: Function) -> Any:
     create = is_grad_enabled()
     if not create:
         seeds = [(n, t.data) for n, t in seeds]
-    borrowed, owned = walk(seeds, retain=False, wrap=Tensor if create else None, since=since)
+    borrowed, owned = walk(seeds, retain=False, wrap=tensor_of if create else None, since=since)
     found = [owned.get(d._node, borrowed.get(d._node)) for d in dummies]
-    tensors = [None if x is None else x if isinstance(x, Tensor) else Tensor(x) for x in found]
+    tensors = [None if x is None else x if isinstance(x, Tensor) else tensor_of(x) for x in found]
     return tensors[0] if node.primitive.outputs == 1 else tensors
 
 

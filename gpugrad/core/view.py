@@ -24,7 +24,7 @@ from gpugrad.core.graph import (
 )
 from gpugrad.core.modes import keep_results
 from gpugrad.core.picture import Graph, GraphEdge, GraphNode, Saved
-from gpugrad.core.tensor import Tensor, seed, tensor
+from gpugrad.core.tensor import Tensor, seed, tensor, tensor_of
 from gpugrad.errors import DTypeError, FreedGraphError, GraphError, ShapeError
 
 __all__ = ["Graph", "graph"]
@@ -307,7 +307,7 @@ class _Look:
                     space = SPACES[type(x)]
                     found.append(Saved(
                         name, tuple(x.shape), space.numpy_dtype(x), space.nbytes(x),
-                        Tensor(x) if keep else None, constant, self.array_names.get(id(x)),
+                        tensor_of(x) if keep else None, constant, self.array_names.get(id(x)),
                     ))  # fmt: skip
                 else:
                     found.append(Saved(name, None, None, 0, x, constant, None))
@@ -368,7 +368,7 @@ def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
 
 def _shown(x: Any) -> Tensor | None:
     """An array as a tensor outside the graph; the gradients of several outputs are no array."""
-    return None if x is None or isinstance(x, Bundle) else Tensor(x)
+    return None if x is None or isinstance(x, Bundle) else tensor_of(x)
 
 
 def _footprint(arrays: Sequence[Any]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpugrad.backend import Backend, backend_for_device
 from gpugrad.core.primitive import composite, sample
-from gpugrad.core.tensor import Tensor, asarray, raw_index
+from gpugrad.core.tensor import Tensor, asarray, raw_index, tensor_of
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops.manipulation import broadcast_arrays, reshape
 from gpugrad.ops.samples import normal
@@ -36,7 +36,7 @@ Shape = int | tuple[int, ...]
 def _made(name: str, *args: Any, dtype: Any, device: str | None, **kwargs: Any) -> Tensor:
     """A tensor from the library's own creation function, on ``device``."""
     space = backend_for_device(device or "cpu")
-    return Tensor(space.create(name, *args, dtype=dtype, device=device, **kwargs))
+    return tensor_of(space.create(name, *args, dtype=dtype, device=device, **kwargs))
 
 
 @composite(samples=lambda: [sample((2, 3), smooth=False)])
@@ -167,7 +167,7 @@ def _like(name: str, x: Any, *args: Any, dtype: Any, device: str | None) -> Tens
     space: Backend = x.backend
     if device is None:
         options = {} if dtype is None else {"dtype": space.dtype(dtype)}
-        return Tensor(getattr(space, name)(x.data, *args, **options))
+        return tensor_of(getattr(space, name)(x.data, *args, **options))
     return _made(name.removesuffix("_like"), x.shape, *args, dtype=dtype or x.dtype, device=device)
 
 

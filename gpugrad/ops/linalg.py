@@ -12,7 +12,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.core.primitive import PASS, composite, differentiable, primitive, sample
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor, asarray, tensor_of
 from gpugrad.errors import ShapeError
 from gpugrad.ops.manipulation import moveaxis, normal_axis, reshape
 from gpugrad.ops.reductions import sum as sum_over
@@ -24,6 +24,19 @@ __all__ = ["dot", "matmul", "outer", "tensordot", "vecdot"]
 # -- matrix products ------------------------------------------------------------------------------
 
 
+def _rows(m: Any, x: Array) -> Array:
+    """``x`` as a matrix of its last axes."""
+    shape = x.shape
+    return x if len(shape) == 2 else m.reshape(x, (math.prod(shape[:-1]), shape[-1]))
+
+
+def _product(m: Any, a: Array, b: Array) -> Array:
+    """``a @ b``, where a stack of matrices meets a single one as one product of all its rows."""
+    if a.ndim > 2 and b.ndim == 2:
+        return m.reshape(m.matmul(_rows(m, a), b), (*a.shape[:-1], b.shape[-1]))
+    return m.matmul(a, b)
+
+
 def _matmul_left(g: Array, m: Backend, b: Array, a_shape: tuple[int, ...]) -> Array:
     if b.ndim == 1:
         return m.expand_dims(g, axis=-1) * b
@@ -33,7 +46,7 @@ def _matmul_left(g: Array, m: Backend, b: Array, a_shape: tuple[int, ...]) -> Ar
     if len(a_shape) == 2 < b.ndim:  # one product in place of a stack of them that is summed
         stack = (*range(b.ndim - 2), b.ndim - 1)
         return m.tensordot(g, b, axes=(stack, stack))
-    return m.matmul(g, m.matrix_transpose(b))
+    return _product(m, g, m.matrix_transpose(b))
 
 
 def _matmul_right(g: Array, m: Backend, a: Array, b_shape: tuple[int, ...]) -> Array:
@@ -75,7 +88,7 @@ def matmul(m: Backend, a: Array, b: Array, /) -> Array:
     tensor([3., 7.])
     """
     try:
-        return m.matmul(a, b)
+        return _product(m, a, b)
     except Exception:
         _explain_matmul(a, b)
         raise
@@ -110,15 +123,9 @@ def _explain_matmul(a: Array, b: Array) -> None:
 # -- the affine map of a layer --------------------------------------------------------------------
 
 
-def _rows(m: Any, x: Array) -> Array:
-    """``x`` as a matrix of its last axes."""
-    shape = x.shape
-    return x if len(shape) == 2 else m.reshape(x, (math.prod(shape[:-1]), shape[-1]))
-
-
 @primitive(
     vjps=(
-        lambda g, m, weight: m.matmul(g, weight),
+        lambda g, m, weight: _product(m, g, weight),
         lambda g, m, x: m.matmul(m.matrix_transpose(_rows(m, g)), _rows(m, x)),
         PASS,
     ),
@@ -159,7 +166,7 @@ def linear(m: Backend, x: Array, weight: Array, bias: Array | None = None, /) ->
     """
     if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
         _explain_linear(x, weight)
-    y = m.matmul(x, weight.mT)
+    y = _product(m, x, weight.mT)
     if bias is None:
         return y
     if bias.shape != weight.shape[:1]:
@@ -285,7 +292,7 @@ def vecdot(x1: Any, x2: Any, /, *, axis: int = -1) -> Tensor:
             f"{b.shape[-1]} in the second; they are summed over together and must agree"
         )
     if a.dtype.kind == "c":  # which no gradient comes from
-        a = Tensor(a.backend.conj(a.data))
+        a = tensor_of(a.backend.conj(a.data))
     return sum_over(a * b, axis=-1)
 
 

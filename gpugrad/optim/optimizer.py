@@ -11,7 +11,7 @@ from gpugrad.backend import SPACES, Array
 from gpugrad.clip import check_bound, coefficient, total_norm
 from gpugrad.core.graph import mutations
 from gpugrad.core.modes import enable_grad
-from gpugrad.core.tensor import Tensor, asarray, tensor
+from gpugrad.core.tensor import Tensor, asarray, tensor, tensor_of
 from gpugrad.nn.module import check_state, clear_grads
 from gpugrad.optim.errors import OptimizerError
 from gpugrad.optim.rules import RULES, UpdateRule
@@ -167,7 +167,7 @@ class Optimizer:
             space = SPACES[type(p.data)]
             kept = self.state[p] = {"step": 0}
             for name in names:
-                kept[name] = Tensor(space.zeros_like(p.data))
+                kept[name] = tensor_of(space.zeros_like(p.data))
         return kept
 
     # -- state ------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_operands_of_a_variadic_primitive() -> None:
     assert [(e.operand, e.gradient.tolist()) for e in g.edges] == [
         ("parts[0]", [1.0]), ("parts[2]", [3.0]),
     ]  # fmt: skip
-    assert g.operations[0].operands == ("arrays[0]", "arrays[1]", "arrays[2]")
+    assert g.operations[0].operands == ("parts[0]", "parts[1]", "parts[2]")
 
 
 def test_a_graph_that_was_recorded_by_a_backward_pass() -> None:

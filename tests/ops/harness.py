@@ -352,7 +352,7 @@ def check_layouts(case: Case) -> None:
     """Operands that are strided, transposed, reversed or read-only: same value, same gradients."""
     _, results, gradients = backward(case, "cpu")
     for name, layout in LAYOUTS.items():
-        operands = [gg.Tensor(layout(x)) for x in case.arrays]
+        operands = [gg.asarray(layout(x)) for x in case.arrays]
         for i in case.moving:
             operands[i].requires_grad_()
         again = case.call(operands)
