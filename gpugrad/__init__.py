@@ -26,8 +26,8 @@ from gpugrad.core.transforms import (
 )
 from gpugrad.core.view import Graph, graph
 from gpugrad.nn.random import Generator, manual_seed
-from gpugrad.ops.arithmetic import clip as clip  # the function, not the package gpugrad.clip
 from gpugrad.ops import *  # noqa: F403 - the array namespace; each module's __all__ says what
+from gpugrad.ops.arithmetic import clip as clip  # the function, not the package gpugrad.clip
 
 __version__ = "0.1.0"
 __array_api_version__ = "2024.12"

@@ -17,13 +17,11 @@ from types import FunctionType
 from typing import Any, NoReturn
 
 from gpugrad.backend import SPACES, Backend, backend_for_device, bind, is_array, on_register
-from gpugrad.core import graph
 from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, GenericNode, Node, Pick, fit, next_seq
 from gpugrad.core.modes import gate, is_grad_enabled, records
 from gpugrad.core.primitive import FACETS, PASS, Primitive, registry
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
-
 
 #: Added to the mask of a node class that undoes broadcasting.
 FIT = 256
@@ -38,20 +36,20 @@ def lift(value: Any, peers: Sequence[Any]) -> Any:
     NumPy scalars become arrays on the device of the operands beside them.
     """
     cls = type(value)
-    peer = next((p.data if isinstance(p, Tensor) else p for p in peers
-                 if isinstance(p, Tensor) or (type(p) not in SCALARS and is_array(p))), None)  # fmt: skip
+    arrays = (p.data if isinstance(p, Tensor) else p for p in peers)
+    peer = next((x for x in arrays if type(x) not in SCALARS and is_array(x)), None)
     if cls in SCALARS:
         if peer is not None or value is None:
             return value
         return backend_for_device("cpu").asarray(value)
-    if is_array(value) and getattr(value, "ndim", 0):
+    if is_array(value) and value.shape:
         own = SPACES[cls]  # a subclass (numpy.memmap) is read as its library's plain array
         return value if cls in own.types else own.asarray(value, device=own.device(value))
     if isinstance(value, str | bytes | dict | set) or (callable(value) and not is_array(value)):
         raise DTypeError(f"{cls.__name__} is not an array, a number or a nested list of numbers")
     space: Backend = SPACES[type(peer)] if peer is not None else backend_for_device("cpu")
-    if isinstance(value, list | tuple):
-        value = [v.item() if isinstance(v, Tensor) else v for v in value]
+    if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
+        raise DTypeError("a list of tensors is not an array; join them with gpugrad.stack first")
     return space.asarray(value, device=space.device(peer) if peer is not None else None)
 
 
@@ -164,8 +162,10 @@ def node_class(made: Primitive, key: int) -> type[Node]:
 
     It becomes the global ``node_<key>`` of the primitive's function, which asks here only once.
     """
-    scope: dict[str, Any] = {"Node": Node, "SINGLE": SINGLE, "PAIR": PAIR, "MANY": MANY, "FREED": FREED,
-                             "fit": fit, "made": made, "SPACES": SPACES}  # fmt: skip
+    scope: dict[str, Any] = {
+        "Node": Node, "SINGLE": SINGLE, "PAIR": PAIR, "MANY": MANY, "FREED": FREED, "fit": fit,
+        "made": made, "SPACES": SPACES,
+    }  # fmt: skip
     assert made.rules is not None
 
     def rebind() -> None:
@@ -329,7 +329,9 @@ def function_source(made: Primitive) -> str:
         if made.elementwise and len(operands) == 2:
             test = "u0.shape == u1.shape and u0.dtype is u1.dtype"
             # Another class is a Python scalar here: it has no shape, and is weak unless complex.
-            test += " if u0.__class__ is u1.__class__ else complex not in (u0.__class__, u1.__class__)"
+            test += (
+                " if u0.__class__ is u1.__class__ else complex not in (u0.__class__, u1.__class__)"
+            )
         add(f"    same = {test}")
     if len(wanted) == 1:
         _add_node(made, lines, 1 << wanted[0], "    ", fits)
@@ -337,9 +339,7 @@ def function_source(made: Primitive) -> str:
         keyword = "if"
         for bits in sorted(range(1, 1 << len(wanted)), key=lambda b: bin(b).count("1")):
             key = sum(1 << wanted[k] for k in range(len(wanted)) if bits >> k & 1)
-            test = " and ".join(
-                f"p{i} is {'not ' if key >> i & 1 else ''}None" for i in wanted
-            )
+            test = " and ".join(f"p{i} is {'not ' if key >> i & 1 else ''}None" for i in wanted)
             last = bits == (1 << len(wanted)) - 1
             add("    else:" if last else f"    {keyword} {test}:")
             keyword = "elif"
@@ -542,5 +542,3 @@ def source(function: Callable[..., Any]) -> str:
     """The generated text behind a public function, for reading and debugging."""
     return function_source(function.primitive)  # type: ignore[attr-defined]
 
-
-__all__ = ["build", "graph", "source"]

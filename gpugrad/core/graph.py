@@ -54,6 +54,8 @@ class Node:
 
     __slots__ = ("extra", "seq")
     kind: ClassVar[int] = MANY
+    seq: int
+    extra: Extra
     primitive: ClassVar[Primitive]
 
     def vjp(self, g: Any) -> Any:
@@ -225,8 +227,8 @@ def check_alive(node: Node) -> None:
     """Raise when ``node`` was released, or when an array that it saved has changed since."""
     if node.seq == FREED:
         raise FreedGraphError(
-            f"backward: the saved arrays of {describe(node)} were released by an earlier backward pass; call "
-            "the first backward with retain_graph=True to run through this graph again"
+            f"backward: the saved arrays of {describe(node)} were released by an earlier backward "
+            "pass; call the first backward with retain_graph=True to run through this graph again"
         )
     for name, value in node.saved().items():
         for x in value if isinstance(value, list | tuple) else (value,):

@@ -59,7 +59,7 @@ class keep_results:
         gate.pop()
 
 
-class set_grad_enabled:  # noqa: N801 - a context manager reads as a verb
+class set_grad_enabled:
     """Record operations, or do not, inside a ``with`` block or a decorated function.
 
     The setting belongs to the current thread; other threads keep theirs.
@@ -100,7 +100,7 @@ class set_grad_enabled:  # noqa: N801 - a context manager reads as a verb
         return wrapped  # type: ignore[return-value]
 
 
-class no_grad(set_grad_enabled):  # noqa: N801
+class no_grad(set_grad_enabled):
     """Do not record: results have no graph and keep nothing alive.
 
     A context manager and, called first, a decorator: ``@gg.no_grad()``.
@@ -116,7 +116,7 @@ class no_grad(set_grad_enabled):  # noqa: N801
         super().__init__(False)
 
 
-class enable_grad(set_grad_enabled):  # noqa: N801
+class enable_grad(set_grad_enabled):
     """Record again inside a ``no_grad`` block.
 
     >>> import gpugrad as gg

@@ -1,4 +1,4 @@
-"""Declaring a primitive: forward, derivative, what it saves, samples and documentation in one place.
+"""Declaring a primitive: forward, derivative, what it saves, samples and words, in one place.
 
 The forward of a primitive is an ordinary function ``f(m, operands..., /, parameters...)``: ``m`` is
 the namespace of the array library, the positional-only arguments after it are the arrays that can
@@ -33,12 +33,11 @@ from typing import Any
 from gpugrad.errors import DeclarationError
 
 #: The differentiable operations under their own names: the ``m`` of a rule whose result is
-#: recorded. Declaring a primitive puts it here; :func:`composite` adds functions made of primitives.
+#: recorded. Declaring a primitive puts it here; :func:`composite` adds functions made of them.
 differentiable = SimpleNamespace()
 
 
-
-def PASS(g: Any) -> Any:  # noqa: N802 - a constant among rules
+def PASS(g: Any) -> Any:
     """The rule of an addition node: hand the gradient on as it is, and save nothing."""
     return g
 
@@ -308,9 +307,7 @@ def _read_signature(
             f"{name}: operands are the positional-only arguments, f(m, a, b, /, axis=None), "
             "or one *arrays, f(m, *arrays, axis=0)"
         )
-    parameters = {
-        p.name: p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    parameters = {p.name: p for p in rest if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return operands or tuple(variadic), bool(variadic), parameters
 
 

@@ -39,7 +39,7 @@ class Tensor:
     data: Array
     _node: Any
 
-    # -- what it is -----------------------------------------------------------------------------
+    # -- what it is --------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ class Tensor:
         """The backend that owns the array."""
         return SPACES[type(self.data)]
 
-    # -- its place in the graph -------------------------------------------------------------------
+    # -- its place in the graph --------------------------------------------------------------------
 
     @property
     def requires_grad(self) -> bool:
@@ -210,16 +210,16 @@ class Tensor:
         deposit(*walk([(self._node, g)], retain=retain, wrap=tensor_of if create_graph else None),
                 given)  # fmt: skip
 
-    # -- where it lives -----------------------------------------------------------------------------
+    # -- where it lives ----------------------------------------------------------------------------
 
     def to(self, device: str | None = None, dtype: Any = None) -> Tensor:
         """This tensor on another device or of another dtype; itself when nothing changes.
 
         Gradients find the way back. ``device`` is a string such as ``"cpu"`` or ``"cuda:0"``.
         """
-        if device is not None and not isinstance(device, str):
-            device, dtype = None, device
-        elif device is not None and dtype is None and _is_dtype_name(device):
+        if (device is not None and not isinstance(device, str)) or (
+            device is not None and dtype is None and _is_dtype_name(device)
+        ):
             device, dtype = None, device
         out: Tensor = self
         if dtype is not None and np.dtype(dtype) != self.dtype:
@@ -307,7 +307,7 @@ class Tensor:
         memo[id(self)] = twin
         return twin
 
-    # -- in place -----------------------------------------------------------------------------------
+    # -- in place ----------------------------------------------------------------------------------
 
     def _inplace(self, name: str, operation: Callable[..., Any], other: Any) -> Tensor:
         """``self = operation(self, other)``, keeping this tensor object.
@@ -390,10 +390,10 @@ class Tensor:
     def __itruediv__(self, other: Any) -> Tensor:
         return self._inplace("/=", differentiable.divide, other)
 
-    def __ipow__(self, other: Any) -> Tensor:  # type: ignore[misc]
+    def __ipow__(self, other: Any) -> Tensor:
         return self._inplace("**=", differentiable.pow, other)
 
-    # -- looks ------------------------------------------------------------------------------------
+    # -- looks -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         if not self.data.shape:
@@ -459,9 +459,9 @@ class Tensor:
         def __ge__(self, other: Any) -> Tensor: ...
         def __getitem__(self, index: Any) -> Tensor: ...
         @property
-        def T(self) -> Tensor: ...  # noqa: N802
+        def T(self) -> Tensor: ...
         @property
-        def mT(self) -> Tensor: ...  # noqa: N802
+        def mT(self) -> Tensor: ...
         def sum(self, axis: Any = ..., dtype: Any = ..., keepdims: bool = ...) -> Tensor: ...
         def mean(self, axis: Any = ..., keepdims: bool = ...) -> Tensor: ...
         def var(self, axis: Any = ..., correction: float = ..., keepdims: bool = ...) -> Tensor: ...
@@ -585,9 +585,7 @@ def seed(y: Tensor, gradient: Any, create_graph: bool) -> Any:
     return gradient if create_graph else gradient.data
 
 
-def deposit(
-    borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array, ...] = ()
-) -> None:
+def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array, ...] = ()) -> None:
     """Add what a walk brought to the leaves to their ``.grad``.
 
     An array that somebody else may hold (a view, the caller's own, one that reached two leaves) is
@@ -717,7 +715,9 @@ def _array(data: Any, dtype: Any, device: str | None, copy: bool | None) -> Arra
     except (TypeError, ValueError) as error:
         if isinstance(error, DTypeError | ShapeError):
             raise
-        raise DTypeError(f"tensor: cannot make an array of {type(data).__name__}: {error}") from error
+        raise DTypeError(
+            f"tensor: cannot make an array of {type(data).__name__}: {error}"
+        ) from error
     if getattr(out.dtype, "kind", "f") in "OUSMm":
         raise DTypeError(f"tensor: {out.dtype} is not a numeric dtype; pass numbers or booleans")
     return out

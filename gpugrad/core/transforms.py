@@ -34,7 +34,7 @@ def identity(m, x, /):  # type: ignore[no-untyped-def]
     return x
 
 
-# -- inputs and outputs -----------------------------------------------------------------------------
+# -- inputs and outputs ----------------------------------------------------------------------------
 
 
 class _Inside(threading.local):
@@ -103,7 +103,9 @@ class _Call:
             )
         return y  # type: ignore[no-any-return]
 
-    def pull(self, ys: Sequence[Any], gs: Sequence[Any], create: bool, retain: bool) -> list[Tensor]:
+    def pull(
+        self, ys: Sequence[Any], gs: Sequence[Any], create: bool, retain: bool
+    ) -> list[Tensor]:
         """Gradients of the inputs for the gradients ``gs`` of the outputs ``ys``."""
         seeds = [(y._node, g) for y, g in zip(ys, gs, strict=True)
                  if isinstance(y, Tensor) and y._node is not None]  # fmt: skip
@@ -119,7 +121,9 @@ class _Call:
                 out.append(g)
             else:  # the caller gets memory of its own
                 space = x.backend
-                shared = x._node not in owned and (space.is_view(g) or any(g is s for _, s in seeds))
+                shared = x._node not in owned and (
+                    space.is_view(g) or any(g is s for _, s in seeds)
+                )
                 out.append(tensor_of(space.asarray(g, device=space.device(g), copy=shared or None)))
         return out
 
@@ -140,7 +144,7 @@ def _create(call: _Call, create_graph: bool | None) -> bool:
     return call.recorded if create_graph is None else create_graph
 
 
-# -- reverse mode -----------------------------------------------------------------------------------
+# -- reverse mode ----------------------------------------------------------------------------------
 
 
 def value_and_grad(
@@ -254,7 +258,7 @@ def _is_numeric(tree: Any) -> bool:
     )
 
 
-# -- forward mode -----------------------------------------------------------------------------------
+# -- forward mode ----------------------------------------------------------------------------------
 
 
 def jvp(f: Function, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
@@ -358,14 +362,14 @@ def _transposed(node: Node, moving: dict[int, Any], wrap: Function) -> Any:
     return tensors[0] if node.primitive.outputs == 1 else tensors
 
 
-# -- second order -----------------------------------------------------------------------------------
+# -- second order ----------------------------------------------------------------------------------
 
 
 def hvp(f: Function, primals: Any, tangents: Any) -> Any:
     """The Hessian of ``f`` at ``primals`` times ``tangents``, without forming the Hessian.
 
-    ``f`` returns a single number. Both arguments are tuples, one entry per argument of ``f``, and so
-    is the result; for a function of one argument the bare array will do.
+    ``f`` returns a single number. Both arguments are tuples, one entry per argument of ``f``, and
+    so is the result; for a function of one argument the bare array will do.
 
     >>> import gpugrad as gg
     >>> f = lambda x: gg.sum(x * x * x)

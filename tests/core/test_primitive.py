@@ -150,14 +150,16 @@ def test_a_rule_of_a_wrong_shape_is_an_error_and_no_wrong_gradient() -> None:
 def test_errors_name_operation_shapes_and_fix() -> None:
     with pytest.raises(ShapeError, match=r"add: .*a: float64\[2\], b: float64\[3\].*broadcast"):
         gg.tensor([1.0, 2.0]) + gg.tensor([1.0, 2.0, 3.0])
-    with pytest.raises(DTypeError, match="bitwise_and.*float64"):
+    with pytest.raises(DTypeError, match=r"bitwise_and.*float64"):
         gg.tensor([1.0]) & gg.tensor([1.0])
     with pytest.raises(DTypeError):
         gg.tensor([1.0]) * "two"
     with pytest.raises(DeviceError, match=r"multiply: .*cpu.*strict:device1.*\.to"):
         gg.tensor([1.0]) * gg.tensor([1.0], device="strict:device1")
     with pytest.raises(DeviceError, match=r"strict:device2.*strict:device1"):
-        gg.tensor([1.0], device="strict:device2") * gg.tensor([1.0], device="strict:device1", dtype="float32")
+        gg.tensor([1.0], device="strict:device2") * gg.tensor(
+            [1.0], device="strict:device1", dtype="float32"
+        )
 
 
 def test_weak_scalars_and_reflected_operators() -> None:

@@ -105,9 +105,7 @@ def test_all_four_ways_to_a_second_derivative() -> None:
         np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, err_msg=name)
     second = gg.jvp(lambda x: gg.jvp(f, (x,), (v,))[1], (x,), (v,))[1]
     np.testing.assert_allclose(float(second), float(np.sum(expected * v.numpy())), rtol=1e-12)
-    np.testing.assert_allclose(
-        gg.hessian(f)(x).numpy() @ v.numpy(), expected, rtol=1e-12
-    )
+    np.testing.assert_allclose(gg.hessian(f)(x).numpy() @ v.numpy(), expected, rtol=1e-12)
 
 
 def test_jacobian_both_modes_and_nested() -> None:

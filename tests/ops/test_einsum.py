@@ -60,7 +60,8 @@ def test_einsum_of_random_terms(seed: int) -> None:
     rng = np.random.default_rng(seed)
     letters = string.ascii_letters[: rng.integers(2, 6)]
     sizes = dict(zip(letters, map(int, rng.integers(1, 4, len(letters))), strict=True))
-    terms = ["".join(rng.choice(list(letters), rng.integers(0, 4))) for _ in range(rng.integers(1, 5))]
+    count = rng.integers(1, 5)
+    terms = ["".join(rng.choice(list(letters), rng.integers(0, 4))) for _ in range(count)]
     used = sorted(set("".join(terms)))
     result = "".join(rng.permutation(used)[: rng.integers(0, len(used) + 1)]) if used else ""
     subscripts = ",".join(terms) + (f"->{result}" if rng.random() < 0.8 else "")

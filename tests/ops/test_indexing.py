@@ -162,9 +162,7 @@ def test_sorting_is_stable(device: str, descending: bool, axis: int) -> None:
     a = np.random.default_rng(0).integers(0, 3, (5, 6)).astype(float)
     x = gg.tensor(a, device=device, requires_grad=True)
     order = np.argsort(-a if descending else a, axis=axis, kind="stable")
-    np.testing.assert_array_equal(
-        host(gg.argsort(x, axis=axis, descending=descending)), order
-    )
+    np.testing.assert_array_equal(host(gg.argsort(x, axis=axis, descending=descending)), order)
     y = gg.sort(x, axis=axis, descending=descending)
     np.testing.assert_array_equal(host(y), np.take_along_axis(a, order, axis))
     g = np.arange(30.0).reshape(5, 6)

@@ -48,7 +48,10 @@ def test_cross_entropy_is_pytorchs(x, t, weight, smoothing, reduction, ignore) -
 
     kw = {"ignore_index": ignore, "reduction": reduction, "label_smoothing": smoothing}
     compare_with_torch(
-        lambda *a: gg.cross_entropy(*a, **kw), lambda *a: cross_entropy(*a, **kw), [x, t, weight], [0]
+        lambda *a: gg.cross_entropy(*a, **kw),
+        lambda *a: cross_entropy(*a, **kw),
+        [x, t, weight],
+        [0],
     )
 
 
@@ -216,9 +219,9 @@ def test_a_target_that_is_no_class_is_named(target, words: str) -> None:
     for loss in (gg.cross_entropy, gg.nll_loss):
         with pytest.raises(OutOfRangeError, match=words):
             loss(gg.tensor(LOGITS[:4]), gg.tensor(target))
+    bad = np.zeros((2, 3, 2), int)
+    bad[1, 0, 1] = 7
     with pytest.raises(IndexError, match="at \\[1, 0, 1\\]"):
-        bad = np.zeros((2, 3, 2), int)
-        bad[1, 0, 1] = 7
         gg.cross_entropy(gg.tensor(DEEP), gg.tensor(bad))
 
 
@@ -241,7 +244,7 @@ def test_a_target_that_is_no_class_is_named(target, words: str) -> None:
         (lambda: gg.mse_loss(gg.ones((4, 1)), gg.ones(4)), ShapeError,
          ["mse_loss", "(4, 1)", "(4,)", "reshape"]),
         (lambda: gg.l1_loss(gg.ones(4), gg.ones(4), reduction="all"), ParameterError, ["l1_loss"]),
-        (lambda: gg.huber_loss(gg.ones(4), gg.ones(4), delta=0.0), ParameterError, ["delta", "0.0"]),
+        (lambda: gg.huber_loss(gg.ones(4), gg.ones(4), delta=0.0), ParameterError, ["delta"]),
         (lambda: gg.smooth_l1_loss(gg.ones(4), gg.ones(4), beta=-1.0), ParameterError, ["beta"]),
         (lambda: gg.nll_loss(gg.ones(4), gg.tensor(1)), ShapeError, ["batch, classes"]),
     ],

@@ -23,8 +23,7 @@ def test_sum_to_is_the_transpose_of_broadcast_to(seed: int) -> None:
     left = np.vdot(gg.broadcast_to(x, big).numpy(), u)
     right = np.vdot(x, sum_to(u, small).numpy())
     np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12)
-    f = lambda u: sum_to(u * u, small)  # noqa: E731
-    gg.check_grads(f, (gg.tensor(u),), order=3)
+    gg.check_grads(lambda u: sum_to(u * u, small), (gg.tensor(u),), order=3)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,9 @@ def test_gradients_cross_devices(order: int) -> None:
     assert x.grad.device == "cpu"
     np.testing.assert_allclose(x.grad.detach().numpy(), [3.0, 12.0])
     if order == 2:
-        gg.check_grads(lambda x: (x.to("strict:device1") ** 3.0).to("cpu"), (gg.tensor([1.0, 2.0]),))
+        gg.check_grads(
+            lambda x: (x.to("strict:device1") ** 3.0).to("cpu"), (gg.tensor([1.0, 2.0]),)
+        )
 
 
 def test_a_tensor_on_its_own_device_is_copied_by_to_device_and_kept_by_to() -> None:
