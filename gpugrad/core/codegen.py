@@ -292,6 +292,16 @@ def function_source(made: Primitive) -> str:
         add(f"        p{i} = {name}._node")
         if i == 0:
             add("        kind = u0.__class__")
+        # The usual company of a tensor needs no look at the other operands: a Python number.
+        if i == 0 and len(operands) == 2:
+            add(f"    elif {name}.__class__ in SCALARS and isinstance({operands[1]}, Tensor):")
+            add(f"        u0 = {name}")
+            add("        p0 = None")
+            add(f"        kind = {operands[1]}.data.__class__")
+        elif i > 0:
+            add(f"    elif {name}.__class__ in SCALARS:")
+            add(f"        u{i} = {name}")
+            add(f"        p{i} = None")
         add("    else:")
         add(f"        u{i} = lift({name}, {others})")
         add(f"        p{i} = None")

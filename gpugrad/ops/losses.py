@@ -13,7 +13,7 @@ from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, asarray, raw_index
 from gpugrad.errors import DTypeError, OutOfRangeError, ParameterError, ShapeError
 from gpugrad.ops.manipulation import expand_dims, squeeze
-from gpugrad.ops.reductions import mean, sum
+from gpugrad.ops.reductions import counting_dtype, mean, sum
 from gpugrad.ops.samples import distinct, normal, positive, uniform
 
 __all__ = [
@@ -100,10 +100,9 @@ def _counted(
 
     The first and the last are added up, for which two-byte floats are too short.
     """
-    dtype = input.dtype
     valid = target != ignore_index
     index = m.where(valid, target, 0)
-    counts = m.astype(valid, m.dtype("float32") if getattr(dtype, "itemsize", 8) == 2 else dtype)
+    counts = m.astype(valid, counting_dtype(m, input))
     weights = counts if weight is None else counts * m.getitem(weight, raw_index(index))
     return counts, index, weights
 

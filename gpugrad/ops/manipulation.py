@@ -72,7 +72,9 @@ def reshape(m: Backend, x: Array, /, shape: Axes) -> Array:
     tensor([[0, 1, 2],
             [3, 4, 5]])
     """
-    return m.reshape(x, (shape,) if isinstance(shape, int) else shape)
+    if not isinstance(shape, tuple):
+        shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    return m.reshape(x, shape)
 
 
 def _inverse(axes: Sequence[int]) -> tuple[int, ...]:

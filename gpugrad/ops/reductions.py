@@ -36,12 +36,16 @@ Axis = int | tuple[int, ...] | None
 # The names of this module shadow Python's; nothing below uses those.
 
 
+def _several(axis: Any) -> Any:
+    return axis if isinstance(axis, tuple | list) else (axis,)
+
+
 def kept_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     """The shape that a reduction over ``axis`` leaves when it keeps the axes."""
     if axis is None:
         return (1,) * len(shape)
     ndim = len(shape)
-    gone = {a % ndim for a in ((axis,) if isinstance(axis, int) else axis)}
+    gone = {a % ndim for a in _several(axis)}
     return tuple(1 if i in gone else n for i, n in enumerate(shape))
 
 
@@ -49,7 +53,7 @@ def reduced_size(shape: tuple[int, ...], axis: Axis) -> int:
     """How many elements go into each element of the result."""
     if axis is None:
         return math.prod(shape)
-    return math.prod(shape[a] for a in ((axis,) if isinstance(axis, int) else axis))
+    return math.prod(shape[a] for a in _several(axis))
 
 
 def _keep(y: Array, m: Backend, x_shape: tuple[int, ...], axis: Axis, keepdims: bool) -> Array:
@@ -57,12 +61,19 @@ def _keep(y: Array, m: Backend, x_shape: tuple[int, ...], axis: Axis, keepdims: 
     return y if keepdims else m.reshape(y, kept_shape(x_shape, axis))
 
 
-def _in_float32(m: Backend, x: Array, compute: Callable[[Array], Array]) -> Array:
-    """``compute(x)``, in float32 when ``x`` has two-byte floats."""
+def _in_float32(
+    m: Backend, x: Array, compute: Callable[[Array], Array], asked: Any = None
+) -> Array:
+    """``compute(x)``, in float32 for two-byte floats unless another dtype was asked for."""
     dtype = m.numpy_dtype(x)
-    if dtype.itemsize != 2 or dtype.kind in "iu":
+    if asked is not None or dtype.itemsize != 2 or dtype.kind in "iu":
         return compute(x)
     return m.astype(compute(m.astype(x, m.dtype("float32"))), x.dtype)
+
+
+def counting_dtype(m: Any, x: Array) -> Any:
+    """The dtype to count elements of ``x`` in: its own, or float32 where that has two bytes."""
+    return m.dtype("float32") if getattr(x.dtype, "itemsize", 8) == 2 else x.dtype
 
 
 _AXES: list[dict[str, Any]] = [
@@ -110,19 +121,25 @@ def sum(
     >>> gg.sum(gg.asarray([[1.0, 2.0], [3.0, 4.0]]), axis=0)
     tensor([4., 6.])
     """
-    if dtype is not None:
-        return m.sum(x, axis=axis, dtype=m.dtype(dtype), keepdims=keepdims)
-    return _in_float32(m, x, lambda x: m.sum(x, axis=axis, keepdims=keepdims))
+    kw = {"axis": axis, "dtype": m.dtype(dtype), "keepdims": keepdims}
+    return _in_float32(m, x, lambda x: m.sum(x, **kw), dtype)
 
 
 def _mean(m: Backend, x: Array, axis: Axis, keepdims: bool) -> Array:
     return m.sum(x, axis=axis, keepdims=keepdims) / reduced_size(x.shape, axis)
 
 
+def _mean_transpose(
+    g: Array, m: Backend, x_shape: tuple[int, ...], x_dtype: Any, axis: Axis, keepdims: bool
+) -> Array:
+    n = reduced_size(x_shape, axis) or 1
+    wide = counting_dtype(m, g)  # a half cannot hold a large n
+    g = g / n if wide == g.dtype else m.astype(m.astype(g, wide) / n, x_dtype)
+    return m.broadcast_to(_keep(g, m, x_shape, axis, keepdims), x_shape)
+
+
 @linear(
-    transpose=lambda g, m, x_shape, axis, keepdims: m.broadcast_to(
-        _keep(g, m, x_shape, axis, keepdims) / reduced_size(x_shape, axis), x_shape
-    ),
+    transpose=_mean_transpose,
     samples=_samples,
 )
 def mean(m: Backend, x: Array, /, axis: Axis = None, keepdims: bool = False) -> Array:
@@ -208,7 +225,8 @@ def std(
 
 def _extreme_vjp(g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool) -> Array:
     """The gradient in equal shares to all elements that are the extreme; a NaN is the extreme."""
-    chosen = m.astype((x == _keep(y, m, x.shape, axis, keepdims)) | (x != x), x.dtype)
+    chosen = (x == _keep(y, m, x.shape, axis, keepdims)) | (x != x)
+    chosen = m.astype(chosen, counting_dtype(m, x))
     share = chosen / m.sum(chosen, axis=axis, keepdims=True)
     return _keep(g, m, x.shape, axis, keepdims) * share
 
@@ -315,7 +333,7 @@ def _prod_vjp(g: Array, m: Backend, x: Array, axis: Axis, dtype: Any, keepdims: 
     if dtype is not None:
         g = m.astype(g, x.dtype)
     ndim = x.ndim
-    gone = range(ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    gone = range(ndim) if axis is None else _several(axis)
     last = tuple(a % ndim for a in gone)
     order = (*(a for a in range(ndim) if a not in last), *last)
     moved = m.permute_dims(x, order)
@@ -346,9 +364,8 @@ def prod(
     >>> x.grad
     tensor([6., 0., 0.])
     """
-    if dtype is not None:
-        return m.prod(x, axis=axis, dtype=m.dtype(dtype), keepdims=keepdims)
-    return _in_float32(m, x, lambda x: m.prod(x, axis=axis, keepdims=keepdims))
+    kw = {"axis": axis, "dtype": m.dtype(dtype), "keepdims": keepdims}
+    return _in_float32(m, x, lambda x: m.prod(x, **kw), dtype)
 
 
 # -- truth and counting ---------------------------------------------------------------------------
@@ -496,7 +513,8 @@ def cumulative_sum(
     >>> gg.cumulative_sum(gg.asarray([1, 2, 3]))
     tensor([1, 3, 6])
     """
-    return m.cumulative_sum(x, axis=axis, dtype=m.dtype(dtype), include_initial=include_initial)
+    kw = {"axis": axis, "dtype": m.dtype(dtype), "include_initial": include_initial}
+    return _in_float32(m, x, lambda x: m.cumulative_sum(x, **kw), dtype)
 
 
 def _cumulative_prod_vjp(
@@ -553,4 +571,5 @@ def cumulative_prod(
     >>> gg.cumulative_prod(gg.asarray([1, 2, 3, 4]))
     tensor([ 1,  2,  6, 24])
     """
-    return m.cumulative_prod(x, axis=axis, dtype=m.dtype(dtype), include_initial=include_initial)
+    kw = {"axis": axis, "dtype": m.dtype(dtype), "include_initial": include_initial}
+    return _in_float32(m, x, lambda x: m.cumulative_prod(x, **kw), dtype)

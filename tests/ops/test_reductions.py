@@ -64,6 +64,25 @@ def test_half_precision_adds_up_in_float32(dtype: str) -> None:
     assert bool((x.grad.astype("float32") == 1.0).all())
 
 
+def test_gradients_of_half_precision_count_beyond_its_range() -> None:
+    x = gg.zeros((70_000,), dtype="float16").requires_grad_()
+    gg.mean(x).backward(gg.tensor(1024.0, dtype="float16"))
+    np.testing.assert_allclose(x.grad.numpy()[:2], 1024 / 70_000, rtol=2e-3)
+    x.grad = None
+    gg.max(x).backward(gg.tensor(1024.0, dtype="float16"))
+    np.testing.assert_allclose(x.grad.numpy()[:2], 1024 / 70_000, rtol=2e-3)
+    assert x.grad.dtype == np.float16
+    ones = gg.ones((5000,), dtype="float16")
+    assert gg.cumulative_sum(ones)[-1].item() == 5000.0
+
+
+def test_an_axis_may_be_a_numpy_integer() -> None:
+    x = gg.ones((2, 3)).requires_grad_()
+    for name in ("sum", "mean", "max", "prod", "var", "logsumexp"):
+        getattr(gg, name)(x, axis=np.int64(1)).sum().backward()
+    assert x.reshape(np.int64(6)).shape == (6,)
+
+
 def test_sums_of_small_integers_and_booleans_are_wide() -> None:
     for dtype in ("bool", "int8", "int16"):
         y = gg.sum(gg.ones((300,), dtype=dtype))
