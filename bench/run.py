@@ -52,7 +52,9 @@ def markdown(found: dict[str, Any], source: str) -> str:
         f"{named}. One thread unless said otherwise.",
         common.verdict_table([v for b in found["benchmarks"].values() for v in b["verdicts"]]),
     ]
-    text += [f"### {name}\n\n{b['table']}" for name, b in found["benchmarks"].items()]
+    for name, b in found["benchmarks"].items():
+        load = b["machine"]["load"][0] if "machine" in b else machine["load"][0]
+        text.append(f"### {name}\n\nload {load:.1f} when it ended\n\n{b['table']}")
     return "\n\n".join(text)
 
 

@@ -230,14 +230,23 @@ def check_alive(node: Node) -> None:
             f"backward: the saved arrays of {describe(node)} were released by an earlier backward "
             "pass; call the first backward with retain_graph=True to run through this graph again"
         )
-    for name, value in node.saved().items():
-        for x in value if isinstance(value, list | tuple) else (value,):
-            if hasattr(x, "shape") and mutations.after(x, node.seq):
+    for name, value in {**node.parameters(), **node.saved()}.items():
+        for x in _arrays_in(value):
+            if mutations.after(x, node.seq):
                 raise InplaceError(
                     f"backward of {node.primitive.name}: its saved array {name!r} of shape "
                     f"{tuple(x.shape)} was changed in place after it was saved; make the change "
                     "after backward(), or out of place (x = x + 1 in place of x += 1)"
                 )
+
+
+def _arrays_in(value: Any) -> Iterator[Any]:
+    """The arrays in a saved value or a parameter (an index is a tuple that may hold some)."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _arrays_in(part)
+    elif hasattr(value, "shape"):
+        yield value
 
 
 #: Gradients that are not arrays; the second is added when tensors exist (see ``tensor``).

@@ -50,6 +50,14 @@ def test_a_parameter_changed_under_no_grad_is_found() -> None:
         y.backward()
 
 
+def test_an_index_array_that_changed_is_found() -> None:
+    x, index = leaf(1.0, 2.0, 3.0), gg.tensor([0, 2])
+    y = gg.sum(x[index] * 2.0)
+    index += 0
+    with pytest.raises(InplaceError, match="index"):
+        y.backward()
+
+
 def test_a_change_of_what_was_not_saved_is_harmless() -> None:
     x, a = leaf(1.0, 2.0), gg.tensor([3.0, 4.0])
     y = gg.sum(x + a)
