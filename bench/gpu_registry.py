@@ -162,10 +162,9 @@ def place(x: Any, dtype: str, device: str, leaves: list[Any], raw: bool) -> Any:
         return type(x)(place(v, dtype, device, leaves, raw) for v in x)
     if not isinstance(x, np.ndarray):
         return x
-    floating = x.dtype.kind in "fc"
-    if floating and dtype == "float32":
+    if x.dtype.kind in "fc" and dtype == "float32":
         x = x.astype(np.float32 if x.dtype.kind == "f" else np.complex64)
-    tensor = gg.tensor(x, device=device, requires_grad=floating and not raw)
+    tensor = gg.tensor(x, device=device, requires_grad=x.dtype.kind == "f" and not raw)
     if tensor.requires_grad:
         leaves.append(tensor)
     return tensor.data if raw else tensor
