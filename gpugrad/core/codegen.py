@@ -130,21 +130,15 @@ def normalise(y: Any, kind: type) -> Any:
 # -- implementations ------------------------------------------------------------------------------
 
 
-class _Implementations(dict[type, Callable[..., Any]]):
-    """Array class → the forward bound to its library; found on first use."""
-
-    def __init__(self, made: Primitive) -> None:
-        self.made = made
-
-    def __missing__(self, kind: type) -> Callable[..., Any]:
-        space = SPACES[kind]
-        made = self.made
-        if made.native is not None:
-            found = getattr(space, made.native)
-        else:
-            found = space.bind(partial(made.forward, space))
-        self[kind] = found
-        return found  # type: ignore[no-any-return]
+def implement(made: Primitive, kind: type) -> Callable[..., Any]:
+    """The forward bound to the library of an array class, found at the first call with it."""
+    space = SPACES[kind]
+    if made.native is not None:
+        found = getattr(space, made.native)
+    else:
+        found = space.bind(partial(made.forward, space))
+    made.implementations[kind] = found
+    return found  # type: ignore[no-any-return]
 
 
 def _forget() -> None:
@@ -312,8 +306,9 @@ def function_source(made: Primitive) -> str:
         add(f"    if u{i}.__class__ is not kind and u{i}.__class__ not in SCALARS:")
         add(f"        foreign(made, ({arrays},), kind)")
     target = "y, *aux" if made.aux else "y"
+    _add_lookup(lines)
     add("    try:")
-    add(f"        {target} = implementations[kind]({arrays}{kwargs})")
+    add(f"        {target} = forward({arrays}{kwargs})")
     add("    except Exception as error:")
     add(f"        fail(made, ({arrays},), error)")
     if made.outputs == 1 and "device" not in made.parameters:
@@ -366,6 +361,16 @@ def function_source(made: Primitive) -> str:
     return "\n".join(lines)
 
 
+def _add_lookup(lines: list[str]) -> None:
+    """The lines that find the implementation, in a plain dict: nothing is looked up faster."""
+    lines += [
+        "    try:",
+        "        forward = implementations[kind]",
+        "    except KeyError:",
+        "        forward = implement(made, kind)",
+    ]
+
+
 def _add_node(made: Primitive, lines: list[str], key: int, indent: str, fits: bool) -> None:
     """The lines that make one node and fill the slots that its mask asks for."""
     if fits and made.elementwise and len(made.operands) == 2:
@@ -406,8 +411,9 @@ def _variadic_source(made: Primitive, lines: list[str], kwargs: str) -> str:
     name = made.operands[0]
     add = lines.append
     add(f"    arrays, parents, kind = lift_all(made, {name})")
+    _add_lookup(lines)
     add("    try:")
-    add(f"        y = implementations[kind](*arrays{kwargs})")
+    add(f"        y = forward(*arrays{kwargs})")
     add("    except Exception as error:")
     add("        fail(made, arrays, error)")
     if made.outputs == 1:
@@ -502,7 +508,7 @@ def record(
 
 def build(made: Primitive) -> None:
     """Give a primitive its public function; the text is compiled at the first call."""
-    made.implementations = _Implementations(made)
+    made.implementations = {}
     if made.native is None and not made.aux:
         Backend.extras[made.name] = made.forward
     scope: dict[str, Any] = {
@@ -510,7 +516,8 @@ def build(made: Primitive) -> None:
         "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,
         "record": record, "meta_of": meta_of, "next_seq": next_seq, "gate_": gate,
         "records": records, "made": made, "node_class": node_class,
-        "implementations": made.implementations, "__name__": made.forward.__module__,
+        "implement": implement, "implementations": made.implementations,
+        "__name__": made.forward.__module__,
     }  # fmt: skip
     for p in made.parameters.values():
         scope[f"default_{p.name}"] = p.default
@@ -551,4 +558,3 @@ def _compile_now(made: Primitive) -> Callable[..., Any]:
 def source(function: Callable[..., Any]) -> str:
     """The generated text behind a public function, for reading and debugging."""
     return function_source(function.primitive)  # type: ignore[attr-defined]
-

@@ -47,9 +47,9 @@ FACETS = ("", "_shape", "_dtype", "_device")
 
 #: Names that a rule or the generated code around it gives a meaning of its own.
 RESERVED = frozenset({
-    "aux", "fail", "foreign", "g", "implementations", "kind", "kind_of", "kwargs", "lift",
-    "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class", "normalise",
-    "parents", "record", "records", "same", "t", "y", "error",
+    "aux", "fail", "foreign", "forward", "g", "implement", "implementations", "kind", "kind_of",
+    "kwargs", "lift", "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class",
+    "normalise", "parents", "record", "records", "same", "t", "y", "error",
 })  # fmt: skip
 
 #: Every primitive by name.

@@ -356,7 +356,8 @@ def _transposed(node: Node, moving: dict[int, Any], wrap: Function) -> Any:
     create = is_grad_enabled()
     if not create:
         seeds = [(n, t.data) for n, t in seeds]
-    borrowed, owned = walk(seeds, retain=False, wrap=tensor_of if create else None, since=since)
+    # A recorded tangent is computed from what the rule recorded, which therefore stays.
+    borrowed, owned = walk(seeds, retain=create, wrap=tensor_of if create else None, since=since)
     found = [owned.get(d._node, borrowed.get(d._node)) for d in dummies]
     tensors = [None if x is None else x if isinstance(x, Tensor) else tensor_of(x) for x in found]
     return tensors[0] if node.primitive.outputs == 1 else tensors
