@@ -77,9 +77,13 @@ class Backend:
         except AttributeError:
             if name not in self.extras:
                 raise
-            value = partial(self.extras[name], self)
+            value = partial(self._extra, name)
         self.__dict__[name] = value  # the next look-up is an ordinary attribute
         return value
+
+    def _extra(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the forward of a primitive; looked up each time, for it may be declared again."""
+        return self.extras[name](self, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"

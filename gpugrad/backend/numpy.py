@@ -30,7 +30,10 @@ class NumpyBackend(Backend):
     def asarray(
         self, data: Any, dtype: Any = None, device: str | None = None, copy: bool | None = None
     ) -> Array:
-        return np.array(data, dtype=dtype, copy=copy, subok=False)
+        out = np.array(data, dtype=dtype, copy=copy, subok=False)
+        if not out.dtype.isnative and copy is not False:  # bytes in the order of another machine
+            out = out.astype(out.dtype.newbyteorder("="))
+        return out
 
     def describe_devices(self) -> tuple[DeviceInfo, ...]:
         try:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import gpugrad
 from gpugrad.backend import backend_for_device
-from gpugrad.cli.config import ACTIVATIONS, DTYPES, OPTIMIZERS, Config
+from gpugrad.cli.config import ACTIVATIONS, DEFAULTS, DTYPES, OPTIMIZERS, Config, make_config
 from gpugrad.cli.display import Display, result_table
 from gpugrad.cli.training import Run, free_folder, resume, start
 from gpugrad.data import load
@@ -68,6 +68,9 @@ def _errors_told(traceback: bool) -> Iterator[None]:
     """Tell the library's own errors in a sentence; what is not ours is a bug and shows in full."""
     try:
         yield
+    except KeyboardInterrupt:
+        err.print("stopped at once; the last checkpoint, if there is one, is whole")
+        raise typer.Exit(INTERRUPTED) from None
     except GpugradError as error:
         if traceback:
             raise
@@ -81,7 +84,7 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-# -- info -------------------------------------------------------------------------------------------
+# -- info ----------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -99,7 +102,7 @@ def info(
         out.print(devices_table())
 
 
-# -- train ------------------------------------------------------------------------------------------
+# -- train ---------------------------------------------------------------------------------------
 
 
 def _choice(names: Sequence[str]) -> Callable[[str | None], str | None]:
@@ -120,9 +123,18 @@ def _finite(value: float | None) -> float | None:
     return value
 
 
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 <= value <= 1:
+        raise typer.BadParameter(f"{value} is not a number from 0 to 1")
+    return value
+
+
 def _said(name: str, text: str, **options: Any) -> Any:
     """An option whose help names its default; None tells that it was not given."""
-    return typer.Option(help=f"{text} \\[default: {getattr(Config, name)}]", **options)
+    default = str(getattr(Config, name))
+    for data, own in DEFAULTS.items():
+        default += f"; {data}: {own[name]}" if name in own else ""
+    return typer.Option(help=f"{text} \\[default: {default}]", **options)
 
 
 @app.command()
@@ -151,11 +163,19 @@ def train(
     optimizer: Annotated[
         str | None, _said("optimizer", "sgd or adamw.", callback=_choice(OPTIMIZERS))
     ] = None,
+    lr_decay: Annotated[
+        float | None,
+        _said("lr_decay", "Learning rate times this after each epoch.", callback=_share),
+    ] = None,
     momentum: Annotated[
         float | None, _said("momentum", "Momentum of sgd.", callback=_finite)
     ] = None,
     weight_decay: Annotated[
         float | None, _said("weight_decay", "Weight decay.", callback=_finite)
+    ] = None,
+    label_smoothing: Annotated[
+        float | None,
+        _said("label_smoothing", "Share of a label spread over all classes.", callback=_share),
     ] = None,
     clip: Annotated[
         float | None,
@@ -193,8 +213,10 @@ def train(
         "batch_size": batch_size,
         "lr": lr,
         "optimizer": optimizer,
+        "lr_decay": lr_decay,
         "momentum": momentum,
         "weight_decay": weight_decay,
+        "label_smoothing": label_smoothing,
         "clip": clip,
         "seed": seed,
         "dtype": dtype,
@@ -207,11 +229,11 @@ def train(
             course = resume(checkpoint, examples, chosen, given, folder)
         else:
             where = folder or free_folder(Path("runs"), examples.name)
-            course = start(Config(**given), examples, chosen, where)
-        _train(course, interrupt)
+            course = start(make_config(data, given), examples, chosen, where)
+        _train(course, interrupt, data_dir)
 
 
-def _train(course: Run, interrupt: _Interrupt) -> None:
+def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None) -> None:
     config = course.config
     parameters = sum(p.size for p in course.net.parameters())
     out.print(
@@ -230,7 +252,7 @@ def _train(course: Run, interrupt: _Interrupt) -> None:
             f"the end of epoch {course.epoch}")  # fmt: skip
         err.print(
             f"interrupted at {at}; saved to {course.checkpoint}. Go on with\n"
-            f"  {_plain(_resume_command(course))}"
+            f"  {_plain(_resume_command(course, data_dir))}"
         )
         raise typer.Exit(INTERRUPTED)
     out.print(result_table(course.folder.name, course.history))
@@ -243,8 +265,9 @@ def _train(course: Run, interrupt: _Interrupt) -> None:
     )
 
 
-def _resume_command(course: Run) -> str:
+def _resume_command(course: Run, data_dir: Path | None) -> str:
     words = ["gpugrad", "train", course.config.data, "--resume", str(course.folder)]
+    words += [] if data_dir is None else ["--data-dir", str(data_dir)]
     return shlex.join(words)
 
 

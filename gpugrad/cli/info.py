@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 import gpugrad
 from gpugrad.backend import describe
+from gpugrad.backend.base import DeviceInfo
 
 __all__ = ["devices_table", "versions"]
 
@@ -21,15 +22,15 @@ def versions() -> Iterator[tuple[str, str]]:
     yield "gpugrad", gpugrad.__version__
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "NumPy", np.__version__
-    needed, optional = [], []
-    for line in metadata.requires("gpugrad") or []:
-        (optional if "extra ==" in line else needed).append(line)
-    for line in needed:
-        name = _package(line)
+    try:
+        lines = metadata.requires("gpugrad") or []
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return
+    accelerators = {_package(line) for line in lines if "cuda" in line.partition(";")[2]}
+    for name in [_package(line) for line in lines if "extra ==" not in line]:
         if name != "numpy":
             yield name, _installed(name)
-    accelerators = sorted({_package(line) for line in optional if "cuda" in line.partition(";")[2]})
-    for name in accelerators:
+    for name in sorted(accelerators):
         yield name, _installed(name)
 
 
@@ -51,15 +52,16 @@ def devices_table() -> Table:
     for name in ("backend", "version", "usable", "devices, or what is missing"):
         table.add_column(name, overflow="fold")
     for info in describe():
-        devices = "\n".join(_device(d) for d in info.devices)
+        devices = "\n".join(map(_device, info.devices)) or info.prefix
         table.add_row(
             info.name,
             info.version or "-",
             "yes" if info.usable else "no",
-            devices if info.usable else info.reason,
+            Text(devices if info.usable else info.reason),
         )
     return table
 
 
-def _device(device: Any) -> str:
-    return str(device)
+def _device(device: DeviceInfo) -> str:
+    memory = f", {device.memory / 2**30:.0f} GiB" if device.memory else ""
+    return f"{device.device}: {device.name}{memory}"

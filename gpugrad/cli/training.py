@@ -18,11 +18,12 @@ import numpy as np
 from gpugrad import io
 from gpugrad import ops as gg
 from gpugrad.cli.config import Config, ConfigError, build_net, build_optimizer, option
+from gpugrad.cli.threads import serial_blas
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor, asarray
 from gpugrad.data import Dataset, batches
 from gpugrad.errors import GpugradError
-from gpugrad.nn import functional as F  # noqa: N812
+from gpugrad.nn import functional as F
 from gpugrad.nn.random import default_generator, manual_seed
 
 __all__ = ["DivergedError", "ResumeError", "Run", "RunError", "Watch", "resume", "start"]
@@ -34,7 +35,17 @@ METRICS = "metrics.jsonl"
 READ_EVERY = 50
 
 #: Options that a resumed run may set anew; the others would make it another run.
-CHANGEABLE = ("epochs", "lr", "momentum", "weight_decay", "clip")
+# The data are told by what they hold, not by their path.
+CHANGEABLE = (
+    "data",
+    "epochs",
+    "lr",
+    "lr_decay",
+    "momentum",
+    "weight_decay",
+    "label_smoothing",
+    "clip",
+)
 
 
 class RunError(GpugradError, RuntimeError):
@@ -124,6 +135,11 @@ class Run:
         """Steps of one epoch."""
         return math.ceil(len(self.train_x) / self.config.batch_size)
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the epoch that runs."""
+        return self.config.lr * self.config.lr_decay**self.epoch
+
     # -- training ---------------------------------------------------------------------------------
 
     def train(self, watch: Watch, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -133,14 +149,19 @@ class Run:
 
         Raises DivergedError when the loss is no longer finite; the last checkpoint stays.
         """
+        # Overflow is no surprise here: a loss that is not finite ends the run with an explanation.
+        with np.errstate(over="ignore", invalid="ignore"), serial_blas(self._largest_product()):
+            return self._train(watch, stop)
+
+    def _train(self, watch: Watch, stop: Callable[[], bool]) -> bool:
         self._write_metrics()
         while self.epoch < self.config.epochs:
             if not self._train_epoch(watch, stop):
                 self.save()
                 return False
-            self.epoch += 1
             row = self._measure()
             self.history.append(row)
+            self.epoch += 1
             self.step = 0
             self.sums = _Sums()
             self.save()
@@ -150,11 +171,17 @@ class Run:
                 return False
         return True
 
+    def _largest_product(self) -> int:
+        sizes = (p.size for p in self.net.parameters() if p.ndim == 2)
+        return self.config.batch_size * max(sizes)
+
     def _train_epoch(self, watch: Watch, stop: Callable[[], bool]) -> bool:
         config = self.config
         # A generator of its own for every epoch: an order depends on nothing that came before.
         rng = np.random.default_rng([config.seed, self.epoch])
         order = batches(self.train_x, self.data.train_y, config.batch_size, rng=rng)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         read_at = time.perf_counter()
         for x, y in islice(order, self.step, None):
             self._train_step(x, y)
@@ -174,7 +201,7 @@ class Run:
         inputs = asarray(x, device=self.device)
         labels = asarray(y, device=self.device)
         logits = self.net(inputs)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step(clip=self.config.clip or math.inf)
@@ -189,15 +216,7 @@ class Run:
         loss, correct, norm = (_read_together(x) for x in (losses, corrects, norms))
         if not np.isfinite(loss).all():
             first = self.step - len(loss) + int(np.argmin(np.isfinite(loss))) + 1
-            raise DivergedError(
-                f"training diverged: the loss became {loss[~np.isfinite(loss)][0]} in epoch "
-                f"{self.epoch + 1} at step {first}; lower --lr (now {self.config.lr}), or bound "
-                f"the gradients with --clip (now {self.config.clip or 'off'})"
-                + (f". The checkpoint of epoch {self.epoch} is {self.checkpoint}"
-                   if self.epoch else ""),  # fmt: skip
-                self.epoch + 1,
-                first,
-            )
+            raise self._diverged(first, float(loss[~np.isfinite(loss)][0]))
         size = np.asarray(sizes)
         sums = self.sums
         sums.seen += int(size.sum())
@@ -215,13 +234,24 @@ class Run:
             int(size.sum()) / max(seconds, 1e-9),
         )
 
+    def _diverged(self, step: int, loss: float) -> DivergedError:
+        message = (
+            f"training diverged: the loss became {loss} in epoch {self.epoch + 1} at step {step}; "
+            f"lower --lr (now {self.config.lr:g}), or bound the gradients with --clip (now "
+            f"{self.config.clip or 'off'})"
+        )
+        if self.checkpoint.exists():
+            message += f". The last checkpoint, {self.checkpoint}, is from before"
+        return DivergedError(message, self.epoch + 1, step)
+
     def _measure(self) -> dict[str, Any]:
         """The row of the epoch that has just ended."""
         sums = self.sums
         test_loss, test_accuracy = self.test()
         return {
-            "epoch": self.epoch,
+            "epoch": self.epoch + 1,
             "steps": self.step,
+            "lr": self.lr,
             "loss": sums.loss / sums.seen,
             "train_accuracy": sums.correct / sums.seen,
             "test_loss": test_loss,
@@ -249,7 +279,7 @@ class Run:
             float(_read_together(corrects).sum()) / count,
         )
 
-    # -- files --------------------------------------------------------------------------------------
+    # -- files ------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Put a checkpoint of this point in place of the last one, whole or not at all."""
@@ -322,8 +352,8 @@ def resume(
     """The run whose checkpoint is `path`, or lies in the folder `path`, at the point it was saved.
 
     `given` are options set on the command line: what decides how long and how fast to train takes
-    the place of the stored value, anything else has to agree with it. `folder` is where the run goes
-    on, by default where the checkpoint lies.
+    the place of the stored value, anything else has to agree with it. `folder` is where the run
+    goes on, by default where the checkpoint lies.
 
     Raises ResumeError, listing every difference, when options or data are those of another run.
     """
@@ -338,8 +368,7 @@ def resume(
             f"{path}: was not written by gpugrad train, or by another version of it ({error})"
         ) from error
     differences = [
-        f"{option(name) if name != 'data' else 'data set'}: {getattr(stored, name)} in the "
-        f"checkpoint, {value} now"
+        f"{option(name)}: {getattr(stored, name)} in the checkpoint, {value} now"
         for name, value in given.items()
         if name not in CHANGEABLE and value != getattr(stored, name)
     ]
@@ -361,7 +390,7 @@ def resume(
     run.net.load_state_dict(model)
     run.optimizer.load_state_dict(optimizer)
     for group in run.optimizer.param_groups:
-        group.update({k: v for k, v in changed.items() if k in group})
+        group.update({k: v for k, v in changed.items() if k in group and k != "lr"})
     run.epoch, run.step, run.sums, run.history = epoch, step, _Sums(sums), list(history)
     default_generator.state = tuple(rng)
     _make_folder(run.folder)
@@ -383,12 +412,14 @@ def _make_folder(folder: Path) -> None:
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:
     """How many rows have their greatest score at the right class."""
-    return gg.sum(gg.equal(gg.argmax(logits, axis=1), labels))
+    hits: Tensor = gg.sum(gg.equal(gg.argmax(logits, axis=1), labels))
+    return hits
 
 
 def _read_together(values: Any) -> np.ndarray[Any, Any]:
     """The values of many 0-d tensors, in one copy to the host."""
-    return gg.stack(list(values)).numpy().astype(np.float64)
+    together: Tensor = gg.stack(list(values))
+    return together.numpy().astype(np.float64)
 
 
 def _on_host(state: Any) -> Any:

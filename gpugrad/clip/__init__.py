@@ -153,7 +153,9 @@ def check_norm_type(value: float) -> float:
     except (TypeError, ValueError):
         raise ParameterError(f"norm_type is a number, not {value!r}") from None
     if not p > 0:
-        raise ParameterError(f"norm_type is {p}; it must be positive, or inf for the greatest magnitude")
+        raise ParameterError(
+            f"norm_type is {p}; it must be positive, or inf for the greatest magnitude"
+        )
     return p
 
 

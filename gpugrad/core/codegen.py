@@ -29,7 +29,7 @@ FIT = 256
 # -- operands -------------------------------------------------------------------------------------
 
 
-def lift(value: Any, peers: Sequence[Any]) -> Any:
+def lift(made: Primitive, value: Any, peers: Sequence[Any]) -> Any:
     """The array, Python scalar or None that an operand which is not a tensor stands for.
 
     A Python scalar stays one next to an array (it is weak: it takes the array's dtype). Lists and
@@ -44,13 +44,29 @@ def lift(value: Any, peers: Sequence[Any]) -> Any:
         return backend_for_device("cpu").asarray(value)
     if is_array(value) and value.shape:
         own = SPACES[cls]  # a subclass (numpy.memmap) is read as its library's plain array
-        return value if cls in own.types else own.asarray(value, device=own.device(value))
+        array = value if cls in own.types else own.asarray(value, device=own.device(value))
+        return _numeric(made, array)
     if isinstance(value, str | bytes | dict | set) or (callable(value) and not is_array(value)):
-        raise DTypeError(f"{cls.__name__} is not an array, a number or a nested list of numbers")
+        raise DTypeError(
+            f"{made.name}: {cls.__name__} is not an array, a number or a nested list of numbers"
+        )
     space: Backend = SPACES[type(peer)] if peer is not None else backend_for_device("cpu")
     if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
-        raise DTypeError("a list of tensors is not an array; join them with gpugrad.stack first")
-    return space.asarray(value, device=space.device(peer) if peer is not None else None)
+        raise DTypeError(
+            f"{made.name}: a list of tensors is not an array; join them with gpugrad.stack first"
+        )
+    try:
+        array = space.asarray(value, device=space.device(peer) if peer is not None else None)
+    except (TypeError, ValueError) as error:
+        raise DTypeError(f"{made.name}: cannot make an array of {cls.__name__}: {error}") from error
+    return _numeric(made, array)
+
+
+def _numeric(made: Primitive, x: Any) -> Any:
+    """The array ``x``, unless it holds objects, text or dates."""
+    if getattr(x.dtype, "kind", "f") in "OUSMm":
+        raise DTypeError(f"{made.name}: {x.dtype} is not a numeric dtype; pass numbers or booleans")
+    return x
 
 
 def kind_of(first: Any, rest: Sequence[Any]) -> type:
@@ -297,7 +313,7 @@ def function_source(made: Primitive) -> str:
             add(f"        u{i} = {name}")
             add(f"        p{i} = None")
         add("    else:")
-        add(f"        u{i} = lift({name}, {others})")
+        add(f"        u{i} = lift(made, {name}, {others})")
         add(f"        p{i} = None")
         if i == 0:
             add(f"        kind = kind_of(u0, {others})")
@@ -327,8 +343,7 @@ def function_source(made: Primitive) -> str:
     add(f"    if {nothing} or gate_ and not records(t):")
     add("        t._node = None")
     add("        return t")
-    # A rule of a unary element-wise or linear primitive always returns the operand's own shape.
-    fits = made.broadcasts and (len(operands) > 1 or not (made.elementwise or made.linear))
+    fits = made.fits
     if fits:
         test = "False"
         if made.elementwise and len(operands) == 2:
@@ -434,7 +449,7 @@ def lift_all(made: Primitive, operands: Sequence[Any]) -> tuple[list[Any], tuple
             arrays.append(x.data)
             parents.append(x._node)
         else:
-            arrays.append(lift(x, operands))
+            arrays.append(lift(made, x, operands))
             parents.append(None)
     kind = kind_of(arrays[0], arrays[1:])
     for x in arrays:
@@ -547,8 +562,9 @@ def _compile_now(made: Primitive) -> Callable[..., Any]:
     with _compiling:
         if function.__code__ is _first_call.__code__:
             scope = function.__globals__
-            exec(_compiled(function_source(made), f"<gpugrad {made.name}>"), scope)
-            real = scope.pop(made.name)
+            found: dict[str, Any] = {}  # apart: the name may be that of a helper in scope
+            exec(_compiled(function_source(made), f"<gpugrad {made.name}>"), scope, found)
+            real = found[made.name]
             function.__defaults__ = real.__defaults__
             function.__kwdefaults__ = real.__kwdefaults__
             function.__code__ = real.__code__

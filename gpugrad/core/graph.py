@@ -272,8 +272,10 @@ def evaluate(node: Node, rule: Rule, g: Any, wrap: Callable[..., Any] | None) ->
             values.append(node.mask)  # type: ignore[attr-defined]
         elif name in parameters:
             values.append(parameters[name])
-        elif wrap is None or name.endswith(FACETS[1:]):
+        elif wrap is None or (name not in operands and name.endswith(FACETS[1:])):
             values.append(saved[name])
+        elif name == "y" and node.primitive.outputs != 1:
+            values.append(tuple(wrap(y, Pick(node, i)) for i, y in enumerate(saved[name])))
         elif name == "y":
             values.append(wrap(saved[name], node))
         elif node.primitive.variadic and name == operands[0]:
@@ -296,8 +298,15 @@ def _space_of(g: Any, saved: dict[str, Any]) -> Backend:
 def fit(g: Any, meta: tuple[Any, Any]) -> Any:
     """Undo broadcasting and promotion: bring a gradient to its operand's shape and dtype."""
     shape, dtype = meta
-    if g.shape != shape:
-        check_summable(g.shape, shape)
+    try:
+        have = g.shape
+    except AttributeError:
+        raise DTypeError(
+            f"backward: a rule returned {type(g).__name__}; it must return an array (zeros where "
+            "the derivative vanishes)"
+        ) from None
+    if have != shape:
+        check_summable(have, shape)
         g = SPACES[g.__class__].sum_to(g, shape)
     if g.dtype != dtype:
         space = SPACES[g.__class__]
@@ -358,7 +367,7 @@ def pullback(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[
             for i, p in parents
             if (rule := made.rules[i]) is not None
         ]
-    if made.broadcasts and metas is not None:
+    if made.fits and metas is not None:
         bring = fit if wrap is None else _fit_recorded
         return [(p, x if x is None else bring(x, metas[i])) for i, p, x in found]
     return [(p, x) for _, p, x in found]
@@ -526,15 +535,42 @@ def describe(node: Node) -> str:
 
 
 def run_hooks(extra: Extra, g: Any, wrap: Callable[..., Any] | None) -> Any:
-    """Hand a gradient to the hooks of its node; each may return another in its place."""
-    tensor = differentiable.as_tensor(g) if wrap is None else g
-    for hook in list(extra.hooks.values()):
-        out = hook(tensor)
-        if out is not None:
-            tensor = differentiable.as_tensor(out)
+    """Hand a gradient to the hooks of its node; each may return another in its place.
+
+    What goes on is a copy: hooks and ``.grad`` keep what they were given.
+    """
+    tensor = through_hooks(extra.hooks, differentiable.as_tensor(g))
     if extra.retain:
         extra.grad = tensor if extra.grad is None else extra.grad + tensor
-    return tensor.data if wrap is None else tensor
+    out = differentiable.copy(tensor)
+    return out.data if wrap is None else out
+
+
+def through_hooks(hooks: dict[int, Callable[[Any], Any]], g: Any) -> Any:
+    """The tensor ``g`` after all hooks have seen it, of the shape and dtype that it had."""
+    for hook in list(hooks.values()):
+        before = next_seq()
+        out = hook(g)
+        if mutations.last > before and mutations.after(g.data, before):
+            raise InplaceError(
+                "register_hook: a hook changed its gradient in place, which other branches of the "
+                "graph may share; return the new gradient (return g * 2 in place of g *= 2)"
+            )
+        if out is None:
+            continue
+        out = differentiable.as_tensor(out)
+        shape = getattr(out.data, "shape", None)
+        if shape is None:
+            raise DTypeError(
+                f"register_hook: a hook returns a tensor or None, not {type(out.data).__name__}"
+            )
+        if shape != g.shape:
+            raise ShapeError(
+                f"register_hook: a hook returned shape {tuple(shape)} for a gradient of shape "
+                f"{g.shape}; they must be equal"
+            )
+        g = out if out.dtype == g.dtype else differentiable.astype(out, g.dtype)
+    return g
 
 
 _hooked: dict[type, type] = {}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import wraps
+from inspect import iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
 from typing import Any, TypeVar
+
+from gpugrad.errors import GraphError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,6 +94,11 @@ class set_grad_enabled:
 
     def __call__(self, function: F) -> F:
         mode = self._mode
+        if isgeneratorfunction(function) or iscoroutinefunction(function):
+            raise GraphError(
+                f"{type(self).__name__}: {function.__name__} only starts to run after its call, "
+                "when the setting is gone; use a with block inside it"
+            )
 
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:

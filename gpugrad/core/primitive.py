@@ -25,8 +25,10 @@ an ``aux`` name    an array that the forward returned beside its result
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from keyword import iskeyword
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,10 +49,14 @@ FACETS = ("", "_shape", "_dtype", "_device")
 
 #: Names that a rule or the generated code around it gives a meaning of its own.
 RESERVED = frozenset({
-    "aux", "fail", "foreign", "forward", "g", "implement", "implementations", "kind", "kind_of",
-    "kwargs", "lift", "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class",
-    "normalise", "parents", "record", "records", "same", "t", "y", "error",
+    "SCALARS", "SPACES", "Tensor", "aux", "complex", "error", "fail", "foreign", "forward", "g",
+    "gate_", "implement", "implementations", "isinstance", "kind", "kind_of", "kwargs", "lift",
+    "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class", "normalise",
+    "parents", "record", "records", "same", "t", "y",
 })  # fmt: skip
+
+#: The generated code's names for arrays, graph nodes and node classes.
+_NUMBERED = re.compile("[pu][0-9]+|(default|node)_.*")
 
 #: Every primitive by name.
 registry: dict[str, Primitive] = {}
@@ -125,6 +131,17 @@ class Primitive:
     def differentiable(self) -> bool:
         return self.rules is not None or self.joint is not None
 
+    @property
+    def fits(self) -> bool:
+        """Whether gradients are brought to the shape and dtype of their operands.
+
+        The rule of an operation that leaves shapes alone, or is linear, gets both right by itself;
+        when somebody else wrote it, it is looked at, because a wrong one would go unnoticed.
+        """
+        if self.linear or (self.elementwise and len(self.operands) == 1):
+            return not _is_ours(self.forward)
+        return self.broadcasts
+
     def saved_names(self, mask: Sequence[bool]) -> tuple[str, ...]:
         """What a node saves when the operands in ``mask`` want a gradient, in a fixed order."""
         if self.joint is not None:
@@ -165,6 +182,7 @@ def composite(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         key = name or function.__name__
+        _claim(key, function)
         composites[key] = Composite(key, function, samples, reference)
         setattr(differentiable, key, function)
         return function
@@ -270,6 +288,7 @@ def _declare(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def declare(forward: Callable[..., Any]) -> Callable[..., Any]:
         name = forward.__name__.removesuffix("_")
+        _claim(name, forward)
         operands, variadic, parameters = _read_signature(name, forward)
         made = Primitive(
             name=name,
@@ -294,6 +313,23 @@ def _declare(
     return declare
 
 
+def _is_ours(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("gpugrad.")
+
+
+def _claim(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a name of the library's own to others: rules here are written with it."""
+    from gpugrad.backend import Backend
+
+
+    taken = _is_ours(getattr(differentiable, name, None)) or hasattr(Backend, name)
+    if taken and not _is_ours(function):
+        raise DeclarationError(
+            f"{name}: gpugrad has an operation of this name, with which other derivatives are "
+            "computed; give yours another one"
+        )
+
+
 def _read_signature(
     name: str, forward: Callable[..., Any]
 ) -> tuple[tuple[str, ...], bool, dict[str, inspect.Parameter]]:
@@ -313,12 +349,22 @@ def _read_signature(
 
 def _check(made: Primitive) -> None:
     """Refuse a declaration whose rules ask for something that does not exist."""
-    taken = RESERVED & {*made.operands, *made.parameters}
+    names = {*made.operands, *made.parameters}
+    taken = {n for n in names if n in RESERVED or _NUMBERED.fullmatch(n)}
+    if made.variadic:
+        taken |= {"arrays"} & {*made.parameters}
     if taken:
         raise DeclarationError(
             f"{made.name}: {sorted(taken)} are names of the engine's own; choose others for "
             "operands and parameters"
         )
+    for n in made.operands:
+        for facet in FACETS[1:]:
+            if n + facet in names:
+                raise DeclarationError(
+                    f"{made.name}: {n + facet!r} is what a rule calls the {facet[1:]} of {n!r}; "
+                    "give the argument another name"
+                )
     count = len(made.operands)
     for kind, rules in (("derivative rule", made.rules), ("jvp rule", made.jvps)):
         if rules is not None and len(rules) != count:
@@ -339,3 +385,5 @@ def _check(made: Primitive) -> None:
                     f"{made.name}: a rule names {n!r}, which is neither an operand, nor a "
                     f"parameter, nor one of m, g, t, y, needs; known here: {sorted(known)}"
                 )
+    if not made.name.isidentifier() or iskeyword(made.name):
+        raise DeclarationError(f"{made.name}: declare an operation by a def with a name to call it")

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend, backend_for_device
 from gpugrad.core import graph
-from gpugrad.core.graph import NOT_IN_PLACE, Extra, Leaf, extra_of, mutations, walk
+from gpugrad.core.graph import (
+    NOT_IN_PLACE,
+    Extra,
+    Leaf,
+    extra_of,
+    mutations,
+    next_seq,
+    through_hooks,
+    walk,
+)
 from gpugrad.core.modes import is_grad_enabled
 from gpugrad.core.primitive import differentiable
 from gpugrad.errors import DeviceError, DTypeError, GraphError, InplaceError, ShapeError
@@ -31,7 +41,7 @@ class Tensor:
         The array itself, of the library that owns it (``numpy.ndarray``, ``cupy.ndarray``, …).
     """
 
-    __slots__ = ("__weakref__", "_node", "data")
+    __slots__ = ("__weakref__", "_node", "_stopped", "data")
 
     #: NumPy's operators hand over to ours: ``array * tensor`` calls ``Tensor.__rmul__``.
     __array_ufunc__ = None
@@ -93,6 +103,7 @@ class Tensor:
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Start or stop collecting gradients here, and return the tensor itself.
 
+        A leaf that stops keeps its :attr:`grad` and takes up where it stopped when it starts again.
         Raises DTypeError for integers and booleans, which have no derivative, and GraphError when a
         computed tensor is asked to stop (detach it instead).
         """
@@ -102,10 +113,12 @@ class Tensor:
                     "requires_grad_(False): this tensor was computed from others; use detach() "
                     "for a tensor outside the graph"
                 )
+            if self._node is not None:
+                self._stopped = self._node
             self._node = None
         elif self._node is None:
             check_differentiable(self.data, "requires_grad_")
-            self._node = Leaf()
+            self._node = getattr(self, "_stopped", None) or Leaf()
         return self
 
     @property
@@ -124,7 +137,7 @@ class Tensor:
 
         Computed tensors keep theirs only after :meth:`retain_grad`.
         """
-        node = self._node
+        node = self._node or getattr(self, "_stopped", None)
         if isinstance(node, Leaf):
             return node.grad  # type: ignore[no-any-return]
         extra: Extra | None = getattr(node, "extra", None)
@@ -132,13 +145,23 @@ class Tensor:
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        node = self._node
+        node = self._node or getattr(self, "_stopped", None)
         if value is not None:
             if not isinstance(value, Tensor):
                 raise DTypeError(f"grad: a tensor or None, not {type(value).__name__}")
             if value.shape != self.shape:
                 raise ShapeError(
                     f"grad: shape {value.shape} for a tensor of shape {self.shape}; they must agree"
+                )
+            if value.dtype != self.dtype:
+                raise DTypeError(
+                    f"grad: {value.dtype} for a tensor of {self.dtype}; convert the gradient with "
+                    f".to({str(self.dtype)!r})"
+                )
+            if not same_device(value.device, self.device):
+                raise DeviceError(
+                    f"grad: a gradient on {value.device} for a tensor on {self.device}; move it "
+                    f"with .to({self.device!r})"
                 )
         if isinstance(node, Leaf):
             node.grad = value
@@ -157,13 +180,13 @@ class Tensor:
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
         """Call ``hook`` with the complete gradient of this tensor in every backward pass.
 
-        What the hook returns, unless None, takes the gradient's place. Returns a function that
-        removes the hook.
+        What the hook returns, unless None, takes the gradient's place: a tensor of the same shape.
+        It must not change the gradient in place. Returns a function that removes the hook.
         """
         if self._node is None:
             raise GraphError("register_hook: this tensor does not require a gradient")
         hooks = extra_of(self._node).hooks
-        key = max(hooks, default=-1) + 1
+        key = next_seq()  # never given twice, so that a removal finds its own hook only
         hooks[key] = hook
         return lambda: hooks.pop(key, None) and None
 
@@ -206,7 +229,7 @@ class Tensor:
             )
         g = seed(self, gradient, create_graph)
         retain = create_graph if retain_graph is None else retain_graph
-        given = () if gradient is None or create_graph else (g,)
+        given = () if gradient is None else (g.data if create_graph else g,)
         deposit(*walk([(self._node, g)], retain=retain, wrap=tensor_of if create_graph else None),
                 given)  # fmt: skip
 
@@ -268,8 +291,14 @@ class Tensor:
             )
         return bool(self.item())
 
+    def __complex__(self) -> complex:
+        return complex(self.item())
+
     def __index__(self) -> int:
         return operator.index(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec and not self.data.shape else format(str(self), spec)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if self.device != "cpu":
@@ -302,8 +331,9 @@ class Tensor:
         twin = type(self).__new__(type(self))
         twin.data = space.asarray(self.data, device=space.device(self.data), copy=True)
         twin._node = None if self._node is None else Leaf()
-        if self.grad is not None:
-            twin.grad = self.grad.__deepcopy__(memo) if self.grad.is_leaf else self.grad.detach()
+        if self._node is not None and self.grad is not None:
+            grad = self.grad if self.grad.is_leaf else self.grad.detach()
+            twin.grad = grad.__deepcopy__(memo)
         memo[id(self)] = twin
         return twin
 
@@ -322,10 +352,8 @@ class Tensor:
             value = other.data if isinstance(other, Tensor) else other
             result = operation(tensor_of(self.data), value)
             self._expect_same(name, result)
-            space = SPACES[type(self.data)]
-            if space.mutable:
-                space.setitem(self.data, ..., result.data)
-                mutations.mark(self.data)
+            if SPACES[type(self.data)].mutable:
+                self._write(name, ..., result.data)
             else:
                 self.data = result.data
             return self
@@ -335,6 +363,15 @@ class Tensor:
         self.data = result.data
         self._node = result._node
         return self
+
+    def _write(self, name: str, index: Any, value: Any) -> None:
+        """Change the memory itself, and say so to the nodes that saved it."""
+        try:
+            SPACES[type(self.data)].setitem(self.data, index, value)
+        except Exception as error:
+            error.add_note(f"gpugrad: {name} on a tensor of {self.dtype}, shape {self.shape}")
+            raise
+        mutations.mark(self.data)
 
     def _refuse_inplace(self, name: str) -> None:
         if isinstance(self._node, Leaf):
@@ -368,12 +405,15 @@ class Tensor:
         )
         if not recorded:
             raw = value.data if isinstance(value, Tensor) else value
-            space = SPACES[type(self.data)]
-            if space.mutable:
-                space.setitem(self.data, index, raw)
-                mutations.mark(self.data)
+            if SPACES[type(self.data)].mutable:
+                self._write("setitem", index, raw)
                 return
         self._refuse_inplace("setitem")
+        if recorded and self.dtype.kind in "biu":
+            raise DTypeError(
+                f"setitem: a tensor of {self.dtype} cannot hold values that require a gradient; "
+                "convert it first, x = x.to('float32'), or detach the value"
+            )
         result = differentiable.put_index(self, value, index=index)
         self.data = result.data
         self._node = result._node
@@ -569,7 +609,11 @@ def seed(y: Tensor, gradient: Any, create_graph: bool) -> Any:
         g = space.ones_like(y.data)
         return tensor_of(g) if create_graph else g
     if not isinstance(gradient, Tensor):
-        gradient = tensor_of(space.asarray(gradient, dtype=y.dtype, device=space.device(y.data)))
+        gradient = tensor_of(space.asarray(gradient, device=space.device(y.data)))
+    if gradient.dtype.kind == "c" and y.dtype.kind != "c":
+        raise DTypeError(
+            f"backward: the gradient is {gradient.dtype}, the tensor {y.dtype}; give its real part"
+        )
     if gradient.shape != y.shape:
         raise ShapeError(
             f"backward: the gradient has shape {gradient.shape}, the tensor {y.shape}; "
@@ -585,6 +629,10 @@ def seed(y: Tensor, gradient: Any, create_graph: bool) -> Any:
     return gradient if create_graph else gradient.data
 
 
+#: Two threads may bring gradients to one leaf.
+_depositing = Lock()
+
+
 def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array, ...] = ()) -> None:
     """Add what a walk brought to the leaves to their ``.grad``.
 
@@ -592,26 +640,30 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
     copied, so that a gradient never shares memory with anything.
     """
     shared = {id(x) for x in given}
+    arrived = []
     for found, mine in ((owned, True), (borrowed, False)):
         for leaf, g in found.items():
-            hooked = leaf.extra is not None
-            if hooked and leaf.extra.hooks:
-                tensor = g if isinstance(g, Tensor) else tensor_of(g)
-                for hook in list(leaf.extra.hooks.values()):
-                    out = hook(tensor)
-                    if out is not None:
-                        tensor = out
+            if leaf.extra is not None and leaf.extra.hooks:
+                tensor = through_hooks(leaf.extra.hooks, as_tensor(g))
                 g = tensor if isinstance(g, Tensor) else tensor.data
-            if isinstance(g, Tensor):  # the backward pass was recorded
-                leaf.grad = g if leaf.grad is None else leaf.grad + g
-                continue
+                shared.add(id(tensor.data))  # the hooks may have kept it
+            arrived.append((leaf, g, mine))
+    with _depositing:  # only now: a hook that raises changes nothing
+        for leaf, g, mine in arrived:
+            recorded = isinstance(g, Tensor)
+            x = g.data if recorded else g
             old = leaf.grad
-            space = SPACES[type(g)]
+            space = SPACES[type(x)]
             if old is None:
-                if (not mine and (id(g) in shared or space.is_view(g))) or hooked:
-                    g = space.asarray(g, device=space.device(g), copy=True)
-                shared.add(id(g))
-                leaf.grad = tensor_of(g)
+                if id(x) in shared or (not mine and space.is_view(x)):
+                    if recorded:
+                        g = differentiable.copy(g)
+                    else:
+                        g = space.asarray(g, device=space.device(g), copy=True)
+                shared.add(id(x))
+                leaf.grad = g if recorded else tensor_of(g)
+            elif recorded:
+                leaf.grad = old + g
             elif old._node is not None or not space.mutable:
                 leaf.grad = tensor_of((old.detach() + tensor_of(g)).data)
             else:
@@ -718,7 +770,7 @@ def _array(data: Any, dtype: Any, device: str | None, copy: bool | None) -> Arra
         raise DTypeError(
             f"tensor: cannot make an array of {type(data).__name__}: {error}"
         ) from error
-    if getattr(out.dtype, "kind", "f") in "OUSMm":
+    if getattr(out.dtype, "kind", "f") in "OUSMm" or getattr(out.dtype, "names", None):
         raise DTypeError(f"tensor: {out.dtype} is not a numeric dtype; pass numbers or booleans")
     return out
 

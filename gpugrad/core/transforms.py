@@ -8,12 +8,22 @@ from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
-from gpugrad.core.graph import Leaf, Node, Pick, evaluate, next_seq, pullback, reachable, walk
+from gpugrad.core.graph import (
+    Leaf,
+    Node,
+    Pick,
+    describe,
+    evaluate,
+    next_seq,
+    pullback,
+    reachable,
+    walk,
+)
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad
 from gpugrad.core.primitive import differentiable, linear, sample
-from gpugrad.core.tensor import Tensor, asarray, check_differentiable, seed, tensor_of
+from gpugrad.core.tensor import Tensor, as_tensor, asarray, check_differentiable, seed, tensor_of
 from gpugrad.core.tree import flatten
-from gpugrad.errors import GraphError, ShapeError
+from gpugrad.errors import DTypeError, GraphError, ShapeError
 
 Function = Callable[..., Any]
 
@@ -67,6 +77,8 @@ class _Call:
         for i in argnums:
             if not -len(args) <= i < len(args):
                 raise GraphError(f"{name}: argnums={i}, but the call has {len(args)} arguments")
+        if len({i % len(args) for i in argnums}) != len(argnums):
+            raise GraphError(f"{name}: argnums={tuple(argnums)} names an argument twice")
         self.name = name
         full = list(args)
         self.inputs: list[Tensor] = []
@@ -113,18 +125,17 @@ class _Call:
             seeds, retain=retain, wrap=tensor_of if create else None, since=self.since
         )
         out = []
+        held = {id(as_tensor(g).data) for _, g in seeds}
         for x in self.inputs:
             g = owned.get(x._node, borrowed.get(x._node))
             if g is None:
                 out.append(differentiable.zeros_like(x.detach()))
-            elif isinstance(g, Tensor):
-                out.append(g)
-            else:  # the caller gets memory of its own
-                space = x.backend
-                shared = x._node not in owned and (
-                    space.is_view(g) or any(g is s for _, s in seeds)
-                )
-                out.append(tensor_of(space.asarray(g, device=space.device(g), copy=shared or None)))
+                continue
+            g = as_tensor(g)  # and memory of its own: another input may have received the same
+            if id(g.data) in held or (x._node not in owned and x.backend.is_view(g.data)):
+                g = differentiable.copy(g)
+            held.add(id(g.data))
+            out.append(g)
         return out
 
     def nest(self, flat: Sequence[Tensor]) -> list[Any]:
@@ -142,6 +153,14 @@ def _argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
 
 def _create(call: _Call, create_graph: bool | None) -> bool:
     return call.recorded if create_graph is None else create_graph
+
+
+def _detached(aux: Any) -> Any:
+    """What a function returned beside its result, outside the graph as the result is."""
+    leaves, rebuild = flatten(aux)
+    if not any(isinstance(x, Tensor) and x._node is not None for x in leaves):
+        return aux
+    return rebuild([x.detach() if isinstance(x, Tensor) else x for x in leaves])
 
 
 # -- reverse mode ----------------------------------------------------------------------------------
@@ -171,6 +190,7 @@ def value_and_grad(
         gradients = call.nest(call.pull([y], [seed(y, None, create)], create, retain=create))
         gradient = gradients[0] if isinstance(argnums, int) else tuple(gradients)
         value = y if create else y.detach()
+        aux = aux if create else _detached(aux)
         return ((value, aux), gradient) if has_aux else (value, gradient)
 
     return run
@@ -240,6 +260,7 @@ def vjp(f: Function, *primals: Any, has_aux: bool = False) -> Any:
         return tuple(call.nest(call.pull(ys, raw, create, retain=True)))
 
     y = rebuild(ys if call.recorded else [y.detach() for y in ys])
+    aux = aux if call.recorded else _detached(aux)
     return (y, pull, aux) if has_aux else (y, pull)
 
 
@@ -306,6 +327,12 @@ def _push(roots: Sequence[Any], known: dict[Any, Any], since: int, create: bool)
         else:
             tangent = _pushforward(node, moving, wrap)
         if tangent is not None:
+            for t in tangent if isinstance(tangent, list) else (tangent,):
+                if t is not None and t.dtype.kind == "c":
+                    raise DTypeError(
+                        f"jvp: the tangent of {describe(node)} is {t.dtype}; derivatives through "
+                        "complex numbers are not supported"
+                    )
             known[node] = tangent
 
 
@@ -402,19 +429,28 @@ def jacobian(f: Function, argnums: int = 0, *, mode: str = "reverse") -> Functio
 
     @wraps(f)
     def run(*args: Any, **kwargs: Any) -> Tensor:
+        if not -len(args) <= argnums < len(args):
+            raise GraphError(f"jacobian: argnums={argnums}, but the call has {len(args)} arguments")
         x = asarray(args[argnums])
 
-        def of_x(value: Any) -> Any:
+        def of_x(value: Any) -> Tensor:
             full = list(args)
             full[argnums] = value
-            return f(*full, **kwargs)
+            y = f(*full, **kwargs)
+            if isinstance(y, tuple | list | dict):
+                raise GraphError(
+                    f"jacobian: the function returned a {type(y).__name__}; a single array is "
+                    "needed (take jacobians of its parts, or use vjp or jvp)"
+                )
+            return asarray(y)
 
         if mode == "reverse":
             y, pull = vjp(of_x, x)
             rows = [pull(e)[0] for e in _basis(y)]
             return _assembled(rows, y, (*y.shape, *x.shape))
-        y = of_x(x)
-        columns = [jvp(of_x, (x,), (e,))[1] for e in _basis(x)]
+        pairs = [jvp(of_x, (x,), (e,)) for e in _basis(x)]
+        y = pairs[0][0] if pairs else of_x(x)
+        columns = [column for _, column in pairs]
         flat = _assembled(columns, x, (*x.shape, *y.shape))
         split = len(x.shape)
         order = (*range(split, flat.ndim), *range(split))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpugrad.core.tensor import Tensor
-from gpugrad.nn import functional as F  # noqa: N812
+from gpugrad.nn import functional as F
 from gpugrad.nn.module import Module
 
 __all__ = [

@@ -54,7 +54,8 @@ class _Ordered(Module):
     def _renumbered(self, children: list[tuple[str, Module]]) -> list[tuple[str, Module]]:
         """Count again what is named by numbers; names of their own stay."""
         return [
-            (str(i) if name.isdecimal() else name, child) for i, (name, child) in enumerate(children)
+            (str(i) if name.isdecimal() else name, child)
+            for i, (name, child) in enumerate(children)
         ]
 
     def __len__(self) -> int:

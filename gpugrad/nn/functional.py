@@ -52,12 +52,13 @@ __all__ = [
     "tanh",
 ]
 
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input·weightᵀ + bias, for a weight of shape [out_features, in_features]."""
     return linalg.linear(input, weight, bias)  # type: ignore[no-any-return]
 
 
-# -- activations --------------------------------------------------------------------------------------
+# -- activations ---------------------------------------------------------------------------------
 
 
 def relu(input: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     return ops.log_softmax(input, axis=dim)  # type: ignore[no-any-return]
 
 
-# -- shape and noise ------------------------------------------------------------------------------
+# -- shape and noise -----------------------------------------------------------------------------
 
 
 def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
@@ -190,8 +191,8 @@ def dropout(
 ) -> Tensor:
     """The input with each element set to zero with probability `p`, and the rest times 1/(1−p).
 
-    The mask is a function of the generator's seed and of how many arrays it has drawn. It is made on
-    the host and sent to the input's device; nothing is read back.
+    The mask is a function of the generator's seed and of how many arrays it has drawn. It is made
+    on the host and sent to the input's device; nothing is read back.
 
     >>> import gpugrad as gg
     >>> dropout(gg.tensor([1.0, 2.0]), training=False)

@@ -1,8 +1,8 @@
 """Initial values of parameters, under PyTorch's names.
 
-Every function fills its tensor in place, outside the graph, and returns it. Random numbers come from
-`generator` or, without one, from the default generator that `gpugrad.manual_seed` seeds; they are
-the same on every backend.
+Every function fills its tensor in place, outside the graph, and returns it. Random numbers come
+from `generator` or, without one, from the default generator that `gpugrad.manual_seed` seeds; they
+are the same on every backend.
 """
 
 from __future__ import annotations

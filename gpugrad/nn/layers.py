@@ -10,7 +10,7 @@ import numpy as np
 from gpugrad.backend import backend_for_device
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ShapeError
-from gpugrad.nn import functional as F  # noqa: N812
+from gpugrad.nn import functional as F
 from gpugrad.nn import init
 from gpugrad.nn.module import Module, Parameter
 from gpugrad.nn.random import Generator, draws_from
@@ -48,7 +48,7 @@ class Linear(Module):
         super().__init__()
         if in_features < 1 or out_features < 1:
             raise ShapeError(
-                f"Linear({in_features}, {out_features}): a layer has at least 1 feature on each side"
+                f"Linear({in_features}, {out_features}): at least 1 feature is needed on each side"
             )
         self.in_features = in_features
         self.out_features = out_features
@@ -118,10 +118,10 @@ class Flatten(Module):
 class Dropout(Module):
     """In training mode, sets each element to zero with probability `p` and scales the rest.
 
-    The rest is multiplied by 1/(1−p), so that the expected value stays; in evaluation mode the input
-    passes unchanged. The mask depends on the generator's seed and on how many arrays it has drawn,
-    and is the same on every backend. Srivastava et al., "Dropout: a simple way to prevent neural
-    networks from overfitting" (2014).
+    The rest is multiplied by 1/(1−p), so that the expected value stays; in evaluation mode the
+    input passes unchanged. The mask depends on the generator's seed and on how many arrays it has
+    drawn, and is the same on every backend. Srivastava et al., "Dropout: a simple way to prevent
+    neural networks from overfitting" (2014).
 
     >>> import gpugrad as gg
     >>> drop = Dropout(0.5, generator=Generator(0))

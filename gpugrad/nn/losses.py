@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpugrad.core.tensor import Tensor
-from gpugrad.nn import functional as F  # noqa: N812
+from gpugrad.nn import functional as F
 from gpugrad.nn.module import Module
 
 __all__ = ["CrossEntropyLoss", "MSELoss"]
@@ -48,7 +48,7 @@ class CrossEntropyLoss(Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
-        return F.cross_entropy(
+        loss: Tensor = F.cross_entropy(
             input,
             target,
             self.weight,
@@ -56,6 +56,7 @@ class CrossEntropyLoss(Module):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+        return loss
 
 
 class MSELoss(Module):
@@ -71,4 +72,5 @@ class MSELoss(Module):
         self.reduction = reduction
 
     def forward(self, input: Tensor, target: Any) -> Tensor:
-        return F.mse_loss(input, target, reduction=self.reduction)
+        loss: Tensor = F.mse_loss(input, target, reduction=self.reduction)
+        return loss

@@ -53,11 +53,11 @@ class Module:
 
     # Replaced, never changed, on an instance that has some: most modules have none, and a subclass
     # that forgets super().__init__() works all the same.
-    _buffers: Mapping[str, bool] = {}  # noqa: RUF012 - name → persistent
-    _hooks: Mapping[int, Hook] = {}  # noqa: RUF012
-    _pre_hooks: Mapping[int, Hook] = {}  # noqa: RUF012
+    _buffers: Mapping[str, bool] = {}  # name → persistent
+    _hooks: Mapping[int, Hook] = {}
+    _pre_hooks: Mapping[int, Hook] = {}
 
-    # -- running ------------------------------------------------------------------------------
+    # -- running ----------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -108,7 +108,7 @@ class Module:
 
         return remove
 
-    # -- putting together ---------------------------------------------------------------------
+    # -- putting together -------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
         here = self.__dict__.get(name)
@@ -159,7 +159,7 @@ class Module:
         if here is not None and not isinstance(here, kind):
             raise ModuleError(f"{type(self).__name__} has an attribute {name!r} already")
 
-    # -- looking through ----------------------------------------------------------------------
+    # -- looking through --------------------------------------------------------------------------
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """Name and module of every direct child."""
@@ -243,7 +243,7 @@ class Module:
             if self._buffers[name]:
                 yield name, value
 
-    # -- changing everything at once ------------------------------------------------------------
+    # -- changing everything at once --------------------------------------------------------------
 
     def apply(self, fn: Callable[[Module], Any]) -> Self:
         """Call `fn` on every module below, then on this one."""
@@ -282,7 +282,7 @@ class Module:
             if dtype is not None:
                 raise ModuleError(f"to: {device!r} is no device string such as 'cpu' or 'cuda:0'")
             device, dtype = None, device
-        if dtype is not None and np.dtype(dtype).kind not in "f" and np.dtype(dtype).name != "bfloat16":
+        if dtype is not None and np.dtype(dtype).kind != "f":
             raise ModuleError(f"to: parameters are real floating-point numbers, not {dtype}")
         moved: list[tuple[Tensor, Any, Tensor | None]] = []
         for x in (*self.parameters(), *self.buffers()):
@@ -295,7 +295,7 @@ class Module:
                 x.grad = grad
         return self
 
-    # -- state ----------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         """Every parameter and persistent buffer by its path, detached and sharing its memory.
@@ -397,7 +397,7 @@ def write(target: Tensor, value: Tensor) -> None:
         target.data = value.data
 
 
-# -- errors that name the layer -----------------------------------------------------------------------
+# -- errors that name the layer ------------------------------------------------------------------
 
 
 class _Where:

@@ -159,7 +159,8 @@ def _pow_base(g: Any, m: Any, a: Any, b: Any) -> Any:
     """``g * b * a**(b - 1)``, without the 0 * inf that a zero exponent makes of a zero base."""
     if isinstance(b, (int, float)):
         return g * (b * a ** (b - 1)) if b else m.zeros_like(g)
-    return g * b * a ** m.where((a == 0) & (b == 0), 1.0, b - 1)
+    # One less than b only after where has made it a float: unsigned zeros would wrap around.
+    return g * b * a ** (m.where((a == 0) & (b == 0), 2.0, b) - 1)
 
 
 def _pow_exponent(g: Any, m: Any, a: Any, y: Any) -> Any:

@@ -105,8 +105,23 @@ def scatter_add(m: Backend, x: Array, /, index: Any, shape: tuple[int, ...]) -> 
     ...
 
 
+def _may_repeat(index: Any) -> bool:
+    """Whether an index has arrays of integers, which may name an element twice."""
+    return any(
+        isinstance(i, list) or (getattr(i, "shape", ()) and "bool" not in str(i.dtype))
+        for i in (index if isinstance(index, tuple) else (index,))
+    )
+
+
 def _written(g: Array, m: Backend, v_shape: tuple[int, ...], index: Any) -> Array:
+    whole = g
     g = m.getitem(g, index)
+    if _may_repeat(index):
+        # Where the index names an element twice, only the value written last is in the result.
+        number = m.astype(m.reshape(m.ones_like(g), (-1,)), m.dtype("int64"))
+        number = m.reshape(m.cumulative_sum(number, axis=0), g.shape)
+        written = m.put_index(m.astype(m.zeros_like(whole), m.dtype("int64")), number, index)
+        g = m.where(m.getitem(written, index) == number, g, 0.0)
     lead = len(v_shape) - g.ndim  # NumPy lets a value have more axes, of length one
     return m.reshape(g, (1,) * lead + tuple(g.shape)) if lead > 0 else g
 
@@ -129,8 +144,8 @@ def _put(x: Any, v: Any, index: Any) -> Any:
 def put_index(m: Backend, x: Array, v: Array, /, index: Any) -> Array:
     """A copy of ``x`` with ``v`` at ``index``: ``x[index] = v`` without changing ``x``.
 
-    ``v`` broadcasts to what the index names. An index must not name an element twice when ``v``
-    wants a gradient.
+    ``v`` broadcasts to what the index names. Where an index names an element twice, the value that
+    comes last stays and gets the gradient; on a GPU it is not said which one comes last.
 
     >>> import gpugrad as gg
     >>> from gpugrad.ops.indexing import put_index

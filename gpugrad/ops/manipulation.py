@@ -12,7 +12,7 @@ import numpy as np
 from gpugrad.backend import Array, Backend
 from gpugrad.core.primitive import PASS, composite, linear, sample
 from gpugrad.core.tensor import Tensor, asarray
-from gpugrad.errors import ShapeError
+from gpugrad.errors import DTypeError, ShapeError
 from gpugrad.ops.samples import normal
 
 __all__ = [
@@ -278,8 +278,17 @@ def copy(m: Backend, x: Array, /) -> Array:
     return m.asarray(x, device=m.device(x), copy=True)
 
 
+def _uncast(g: Array, m: Backend, x_dtype: Any) -> Array:
+    if getattr(g.dtype, "kind", "f") == "c" and getattr(x_dtype, "kind", "f") != "c":
+        raise DTypeError(
+            f"astype: a gradient of {g.dtype} arrived at an operand of {x_dtype}; gradients "
+            "through complex numbers are not supported"
+        )
+    return m.astype(g, x_dtype)
+
+
 @linear(
-    transpose=lambda g, m, x_dtype: m.astype(g, x_dtype),
+    transpose=_uncast,
     samples=lambda: [sample(normal((2, 3)), "float64")],
     reference=lambda x, dtype: np.asarray(x).astype(dtype),
 )

@@ -108,7 +108,9 @@ class Adam(Optimizer):
         try:
             beta1, beta2 = group["betas"]
         except (TypeError, ValueError):
-            raise OptimizerError(f"{who}: betas is a pair of numbers, got {group['betas']!r}") from None
+            raise OptimizerError(
+                f"{who}: betas is a pair of numbers, got {group['betas']!r}"
+            ) from None
         for i, beta in enumerate((beta1, beta2), 1):
             if not 0 <= _number(who, f"beta{i}", beta) < 1:
                 raise OptimizerError(f"{who}: beta{i} is {beta}; it must be at least 0 and below 1")

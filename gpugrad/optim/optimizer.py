@@ -21,7 +21,7 @@ __all__ = ["Optimizer"]
 Group = dict[str, Any]
 
 #: Elements that a rule works on at a time in host memory: its temporaries then stay in the cache.
-BLOCK = 1 << 14
+BLOCK = 1 << 15
 
 
 class Optimizer:
@@ -73,11 +73,7 @@ class Optimizer:
         was computed or does not require a gradient, something that is no tensor.
         """
         if not isinstance(param_group, Mapping) or "params" not in param_group:
-            raise OptimizerError(
-                "a parameter group is a dict with 'params', not "
-                + (f"{sorted(param_group)}" if isinstance(param_group, Mapping)
-                   else type(param_group).__name__)  # fmt: skip
-            )
+            raise OptimizerError(f"a parameter group is a dict with 'params', not {param_group!r}")
         name = type(self).__name__
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
@@ -117,11 +113,9 @@ class Optimizer:
     def _params(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
-    # -- the step -------------------------------------------------------------------------------
+    # -- the step ---------------------------------------------------------------------------------
 
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, clip: float | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, clip: float | None = None) -> Any:
         """Change every parameter that has a gradient, and return what `closure` returned.
 
         Nothing is read from the device. Graphs that saved a parameter's old value raise

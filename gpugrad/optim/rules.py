@@ -1,10 +1,10 @@
 """Update rules: one row each, a formula over arrays and the state it keeps.
 
-A rule is `update(m, p, g, *state, **hyper)`: `m` is the namespace, `p` a parameter, `g` its gradient,
-then the state arrays in the order of the row, then the numbers of the parameter group and `step`,
-which counts from 1 since the state was made. It writes with in-place operators, so that it updates
-the memory where arrays can change, and returns the arrays for where they cannot. Element by element,
-so that it may be run on any part of the arrays at a time.
+A rule is `update(m, p, g, *state, **hyper)`: `m` is the namespace, `p` a parameter, `g` its
+gradient, then the state arrays in the order of the row, then the numbers of the parameter group and
+`step`, which counts from 1 since the state was made. It writes with in-place operators, so that it
+updates the memory where arrays can change, and returns the arrays for where they cannot. It works
+element by element, so that it may be run on any part of the arrays at a time.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def adam(
     mean += (1 - beta1) * g
     square *= beta2
     square += (1 - beta2) * (g * g)
-    scale = lr / (1 - beta1**step)
-    p -= scale * (mean / (m.sqrt(square) / math.sqrt(1 - beta2**step) + eps))
+    # Both moments began at zero; what corrects them stands outside, once in place of per element.
+    root = math.sqrt(1 - beta2**step)
+    p -= (lr * root / (1 - beta1**step)) * (mean / (m.sqrt(square) + eps * root))
     return p, mean, square
 
 

@@ -143,7 +143,7 @@ def test_mixed_dtypes() -> None:
 def test_bad_bounds(bound) -> None:
     made = parameters()
     for call in (nn.utils.clip_grad_norm_, nn.utils.clip_grad_value_):
-        with pytest.raises(ParameterError, match="max_norm|clip_value"):
+        with pytest.raises(ParameterError, match=r"max_norm|clip_value"):
             call(made, bound)
     with pytest.raises(ValueError, match="max_norm"):
         nn.utils.clip_grads_with_norm_(made, bound, gg.tensor(1.0))

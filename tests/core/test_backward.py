@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 import gpugrad as gg
-from gpugrad.errors import DTypeError, FreedGraphError, GraphError, ShapeError
+from gpugrad.errors import (
+    DeviceError,
+    DTypeError,
+    FreedGraphError,
+    GraphError,
+    InplaceError,
+    ShapeError,
+)
 
 
 def leaf(*values: float) -> gg.Tensor:
@@ -310,3 +318,142 @@ def test_subclasses_of_an_array_broadcast_like_arrays(tmp_path: Path) -> None:
     x = gg.tensor(np.ones((3, 1)), requires_grad=True)
     gg.sum(x * host).backward()
     np.testing.assert_array_equal(x.grad.numpy(), np.full((3, 1), 8.0))
+
+
+def test_a_hook_may_not_change_shape_or_memory() -> None:
+    x, w = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    h = x * 1.0
+    remove = h.register_hook(lambda g: g.sum())
+    with pytest.raises(ShapeError, match=r"hook returned shape \(\).*\(2,\)"):
+        gg.sum(h * h).backward()
+    remove()
+
+    def double(g: gg.Tensor) -> None:
+        g *= 2.0
+
+    for tensor in (x, x * 1.0):
+        remove = tensor.register_hook(double)
+        with pytest.raises(InplaceError, match=r"return g \* 2"):
+            ((tensor + w) * gg.tensor([2.0, 3.0])).sum().backward()
+        remove()
+    x.register_hook(lambda g: 3.0)
+    with pytest.raises(DTypeError, match="tensor or None, not float"):
+        gg.sum(x * w).backward()
+    assert x.grad is None and w.grad is None
+
+
+def test_a_hook_that_raises_leaves_every_gradient_as_it_was() -> None:
+    def fail(g: gg.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    for swap in (False, True):
+        x, w = leaf(1.0, 2.0), leaf(3.0, 4.0)
+        (x if swap else w).register_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            gg.sum(x * w).backward()
+        assert x.grad is None and w.grad is None
+
+
+def test_a_hook_may_return_an_array_and_a_removal_is_for_one_hook() -> None:
+    x = leaf(1.0, 2.0)
+    remove = x.register_hook(lambda g: None)
+    remove()
+    x.register_hook(lambda g: np.array([7, 8]))
+    remove()
+    gg.sum(x * x).backward()
+    assert x.grad.dtype == np.float64 and x.grad.tolist() == [7.0, 8.0]  # type: ignore[union-attr]
+
+
+def test_what_a_hook_saw_and_what_was_retained_stays() -> None:
+    for create in (False, True):
+        x = leaf(1.0, 2.0)
+        seen: list[gg.Tensor] = []
+        h = x + 1.0
+        h.retain_grad()
+        h.register_hook(seen.append)
+        gg.sum(h * h).backward(create_graph=create)
+        with gg.no_grad():
+            x.grad *= 0.0
+        assert h.grad.tolist() == [4.0, 6.0] == seen[0].tolist()  # type: ignore[union-attr]
+
+
+def test_recorded_gradients_share_memory_with_nothing() -> None:
+    x, w = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    gg.sum((x + w) * gg.tensor([2.0, 3.0])).backward(create_graph=True)
+    x.grad *= 0.0
+    assert w.grad.tolist() == [2.0, 3.0]  # type: ignore[union-attr]
+    given = gg.tensor([1.0, 1.0])
+    v = leaf(1.0, 2.0)
+    (v + 1.0).backward(given, create_graph=True)
+    v.grad *= 0.0
+    assert given.tolist() == [1.0, 1.0]
+
+
+def test_a_copy_has_a_gradient_of_its_own() -> None:
+    x = leaf(1.0, 2.0)
+    gg.sum(x * x * x).backward(create_graph=True)
+    twin = copy.deepcopy(x)
+    gg.sum(twin).backward()
+    assert twin.grad.tolist() == [4.0, 13.0]  # type: ignore[union-attr]
+    assert x.grad.tolist() == [3.0, 12.0]  # type: ignore[union-attr]
+
+
+def test_requires_grad_switched_off_and_on_again() -> None:
+    x = leaf(1.0, 2.0)
+    y = gg.sum(x * x)
+    x.requires_grad_(False)
+    assert not (x * x).requires_grad
+    x.requires_grad_()
+    y.backward()
+    assert x.grad.tolist() == [2.0, 4.0]  # type: ignore[union-attr]
+    x.requires_grad = False
+    assert x.grad.tolist() == [2.0, 4.0]  # type: ignore[union-attr]
+    assert copy.deepcopy(x).grad is None
+    x.grad = None
+    x.requires_grad = True
+    assert x.grad is None
+
+
+def test_a_gradient_that_is_set_must_fit() -> None:
+    x = leaf(1.0, 2.0)
+    with pytest.raises(DTypeError, match=r"int64.*float64.*\.to\('float64'\)"):
+        x.grad = gg.zeros(2, dtype="int64")
+    with pytest.raises(DeviceError, match=r"strict:device1.*\.to\('cpu'\)"):
+        x.grad = gg.zeros(2, device="strict:device1")
+    with pytest.raises(DTypeError, match="complex128.*real part"):
+        (x * x).backward(np.array([1j, 1.0]))
+    assert x.grad is None
+
+
+def test_threads_that_meet_at_a_leaf_lose_nothing() -> None:
+    x = gg.tensor(np.ones(300_000), requires_grad=True)
+    y = gg.sum(x * 2.0)
+    together = threading.Barrier(4)
+
+    def run() -> None:
+        together.wait()
+        for _ in range(5):
+            y.backward(retain_graph=True)
+
+    for _ in range(5):
+        x.grad = None
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert x.grad is not None and (x.grad.numpy() == 40.0).all()
+
+
+def test_one_number_prints_as_a_format_asks() -> None:
+    x = gg.tensor(1.23456, requires_grad=True)
+    assert f"{x * 1.0:.2f}" == "1.23" and f"{x}" == "tensor(1.23456, requires_grad=True)"
+    assert complex(gg.tensor(1.0 + 2.0j)) == 1.0 + 2.0j
+
+
+def test_complex_numbers_between_casts_are_refused() -> None:
+    x = leaf(1.0, 2.0)
+    y = gg.imag(x.to("complex128") * 1j)  # x itself: the derivative is 1
+    with pytest.raises(DTypeError, match="complex"):
+        gg.sum(y).backward()
+    assert x.grad is None

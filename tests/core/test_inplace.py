@@ -115,3 +115,46 @@ def test_shape_and_dtype_must_stay() -> None:
     with pytest.raises(DTypeError, match="float64"):
         i += 0.5
     np.testing.assert_array_equal(i.numpy(), [1, 2])
+
+
+def test_of_two_values_for_one_element_the_last_has_the_gradient() -> None:
+    for index in ([0, 0, 2], np.array([0, -4, 2], dtype=">i8"), (gg.tensor([0, 0, 2]),)):
+        v = leaf(1.0, 2.0, 3.0)
+        y = gg.zeros(4)
+        y[index] = v
+        assert y.tolist() == [2.0, 0.0, 3.0, 0.0]
+        y.backward(gg.tensor([10.0, 20.0, 30.0, 40.0]))
+        assert v.grad.tolist() == [0.0, 10.0, 30.0]  # type: ignore[union-attr]
+    rows = gg.tensor([[0, 1], [1, 0]])
+
+    def write(v: gg.Tensor) -> gg.Tensor:
+        y = v[:2, 0] * 0.0
+        y[rows] = v
+        return gg.sum(y * y * y)
+
+    gg.check_grads(write, (np.array([[1.0, 2.0], [3.0, 4.0]]),))
+
+
+def test_an_integer_tensor_takes_no_recorded_values() -> None:
+    i, v = gg.zeros(3, dtype="int64"), leaf(1.7)
+    with pytest.raises(DTypeError, match=r"setitem: .*int64.*\.to"):
+        i[0:1] = v
+    i[0:1] = v.detach()
+    assert i.tolist() == [1, 0, 0] and not i.requires_grad
+
+
+def test_what_cannot_be_written_says_where() -> None:
+    host = np.ones(2)
+    host.flags.writeable = False
+    x = gg.asarray(host)
+    with pytest.raises(ValueError) as caught:
+        x += 1.0
+    assert "+= on a tensor of float64, shape (2,)" in caught.value.__notes__[0]
+
+
+def test_bytes_of_another_machine_become_this_ones() -> None:
+    x = gg.tensor(np.array([1.0, 2.0], dtype=">f8"), requires_grad=True)
+    gg.sum(x * x).backward()
+    with gg.no_grad():
+        x -= x.grad
+    assert x.tolist() == [-1.0, -2.0] and x.grad.data.dtype.isnative  # type: ignore[union-attr]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 import gpugrad as gg
 from gpugrad.core.modes import gate
+from gpugrad.errors import GraphError
 
 
 def recorded() -> bool:
@@ -57,3 +59,11 @@ def test_decorator_and_one_object_used_twice() -> None:
     with mode, mode:
         assert not recorded()
     assert recorded()
+
+
+def test_a_generator_cannot_be_decorated() -> None:
+    with pytest.raises(GraphError, match=r"no_grad: steps .*with block"):
+
+        @gg.no_grad()
+        def steps() -> Iterator[bool]:
+            yield recorded()

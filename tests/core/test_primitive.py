@@ -175,3 +175,116 @@ def test_weak_scalars_and_reflected_operators() -> None:
     np.testing.assert_allclose(x.grad.numpy(), 2 - 0.5 - 3 / host**2 + 1, rtol=1e-6)
     assert isinstance(np.array([1.0, 2.0]) * x, gg.Tensor)
     assert isinstance(np.float64(2.0) * x, gg.Tensor)
+
+
+def test_unary_and_linear_rules_of_others_are_looked_at() -> None:
+    def double(m: Any, x: Any, /) -> Any:
+        """Twice x."""
+        return m.concat([x, x])
+
+    x = gg.tensor([1.0, 2.0], dtype="float32", requires_grad=True)
+    for make in (
+        lambda: gg.elementwise(partials=(lambda g, m: m.sum(g),))(double),
+        lambda: gg.linear(transpose=lambda g: g)(double),
+    ):
+        with pytest.raises(ShapeError, match=r"(?s)operand of shape \(2,\).*pass of double"):
+            gg.sum(make()(x)).backward()
+    def same(m: Any, x: Any, /) -> Any:
+        """A copy of x."""
+        return x * 1
+
+    for rule in (lambda g: None, lambda g: 0.0):
+        with pytest.raises(DTypeError, match=r"rule returned (NoneType|float); .*array"):
+            gg.sum(gg.elementwise(partials=(rule,))(same)(x)).backward()
+    wide = gg.elementwise(partials=(lambda g: g * np.ones(2),))(same)
+    gg.sum(wide(x)).backward()
+    assert x.grad.dtype == np.float32  # type: ignore[union-attr]
+    g = gg.grad(lambda x: gg.sum(gg.sin(wide(x))), create_graph=True)(x)
+    assert g.dtype == np.float32
+
+
+def test_names_that_generated_code_uses() -> None:
+    # As a name of the operation any will do; not so for its arguments.
+    @gg.elementwise(partials=(lambda g, x: g * 2 * x,))
+    def lift(m: Any, x: Any, /) -> Any:
+        """x squared."""
+        return x * x
+
+    assert lift([1.0, 2.0]).tolist() == [1.0, 4.0] == lift(gg.tensor([1.0, 2.0])).tolist()
+    for forward in (
+        lambda m, u0, /: u0,
+        lambda m, x, /, p1=2: x,
+        lambda m, x, /, complex=False: x,
+        lambda m, *xs, arrays=None: xs[0],
+    ):
+        with pytest.raises(DeclarationError, match="the engine's own"):
+            gg.elementwise(partials=None)(forward)
+    def dressed(m: Any, body: Any, body_shape: Any, /) -> Any:
+        return body
+
+    with pytest.raises(DeclarationError, match="'body_shape'.*shape of 'body'"):
+        gg.elementwise(partials=None)(dressed)
+    dressed.__name__ = "lambda_"
+    for forward in (lambda m, x, /: x, dressed):
+        with pytest.raises(DeclarationError, match=r"lambda.*def with a name"):
+            gg.elementwise(partials=None)(forward)
+
+
+def test_an_operand_whose_name_ends_like_a_facet_is_differentiated() -> None:
+    @gg.elementwise(partials=(lambda g, body_shape: g * 2 * body_shape,))
+    def squared(m: Any, body_shape: Any, /) -> Any:
+        """x squared."""
+        return body_shape * body_shape
+
+    gg.check_grads(squared, (np.array([1.0, -2.0]),))
+
+
+def test_the_librarys_names_are_taken_and_ones_own_can_be_given_again() -> None:
+    for name in ("sin", "clip", "device"):
+        def mine(m: Any, x: Any, /) -> Any:
+            """x."""
+            return x
+
+        mine.__name__ = name
+        with pytest.raises(DeclarationError, match=f"{name}: gpugrad has an operation"):
+            gg.elementwise(partials=(lambda g: g,))(mine)
+    for factor in (2.0, 3.0):
+        def scaled(m: Any, x: Any, /, factor: float = factor) -> Any:
+            """x times a factor."""
+            return x * factor
+
+        gg.linear(transpose=lambda g, m: m.scaled(g))(scaled)
+        x = gg.tensor([1.0], requires_grad=True)
+        differentiable.scaled(x).backward()
+        assert x.grad.tolist() == [factor]  # type: ignore[union-attr]
+
+
+def test_several_results_in_a_rule_of_higher_order() -> None:
+    def rule(m: Any, g: Any, y: Any) -> Any:
+        return (sum(part * y[0] for part in g if part is not None),)
+
+    @gg.primitive(vjp=rule, outputs=2)
+    def twins(m: Any, x: Any, /) -> Any:
+        """exp(x), twice."""
+        return m.exp(x), m.exp(x)
+
+    for k in (0, 1):
+        gg.check_grads(lambda x, k=k: twins(x)[k], (np.array([0.3, 0.5]),))
+
+
+@pytest.mark.parametrize(
+    ("operand", "message"),
+    [
+        ("two", "multiply: str is not"),
+        (np.array([1, None]), "multiply: object is not a numeric"),
+        (np.array(["a", "b"]), "multiply: <U1 is not a numeric"),
+        ([[1.0], [1.0, 2.0]], "multiply: cannot make an array of list"),
+        ([gg.tensor(1.0)], "multiply: a list of tensors"),
+    ],
+)
+def test_operands_that_are_no_numbers(operand: Any, message: str) -> None:
+    x = gg.tensor([1.0, 2.0], requires_grad=True)
+    with pytest.raises(DTypeError, match=message):
+        x * operand
+    with pytest.raises(DTypeError, match=message):
+        gg.multiply(operand, x)

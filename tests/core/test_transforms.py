@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import gpugrad as gg
+from gpugrad.core.modes import gate
 from gpugrad.errors import DTypeError, GradientCheckError, GraphError, ShapeError
 
 
@@ -182,3 +183,63 @@ def test_check_grads_finds_a_wrong_rule_in_either_order_and_mode() -> None:
         del differentiable.detached_double
     with pytest.raises(DTypeError, match="float32"):
         gg.check_grads(gg.exp, (gg.tensor([1.0], dtype="float32"),))
+
+
+def test_gradients_of_several_arguments_share_no_memory() -> None:
+    for create in (False, True):
+        f = gg.grad(lambda a, b: gg.sum((a + b) * 2.0), (0, 1), create_graph=create)
+        a, b = f(np.ones(2), np.ones(2))
+        a *= 0.0
+        assert b.tolist() == [2.0, 2.0]
+
+
+def test_an_argument_is_named_once() -> None:
+    with pytest.raises(GraphError, match="twice"):
+        gg.grad(lambda a, b: a * b, (0, -2))(1.0, 2.0)
+
+
+def test_what_comes_beside_the_value_is_outside_the_graph() -> None:
+    w = gg.tensor([1.0, 2.0], requires_grad=True)
+
+    def f(x: Any) -> Any:
+        y = x * w
+        return gg.sum(y), {"y": y, "note": "as it is"}
+
+    _, aux = gg.grad(f, has_aux=True)(np.array([3.0, 4.0]))
+    assert aux["y"].numpy().tolist() == [3.0, 8.0] and aux["note"] == "as it is"
+    assert not gg.vjp(f, np.array([3.0, 4.0]), has_aux=True)[2]["y"].requires_grad
+    assert gg.grad(f, has_aux=True, create_graph=True)(np.array([3.0, 4.0]))[1]["y"].requires_grad
+
+
+def test_forward_mode_twice_through_rules_that_are_transposed() -> None:
+    x, v = gg.tensor([0.3, -0.7, 1.1]), gg.tensor([1.0, -2.0, 0.5])
+    for f in (gg.var, gg.std, gg.prod, gg.logsumexp, lambda x: gg.cumulative_prod(x)[2]):
+        twice = gg.jvp(lambda x, f=f: gg.jvp(f, (x,), (v,))[1], (x,), (v,))[1]
+        expected = float(gg.sum(gg.hvp(f, x, v) * v))
+        assert float(twice) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_jacobian_of_a_constant_and_of_a_structure() -> None:
+    for mode in ("reverse", "forward"):
+        assert gg.jacobian(lambda x: 3.0, mode=mode)(np.ones(2)).tolist() == [0.0, 0.0]
+        with pytest.raises(GraphError, match="returned a tuple"):
+            gg.jacobian(lambda x: (x, x), mode=mode)(np.ones(2))
+    with pytest.raises(GraphError, match="argnums=1"):
+        gg.jacobian(gg.exp, 1)(np.ones(2))
+
+
+@pytest.mark.parametrize("f", [lambda x: gg.imag((x + 1j) ** 2), lambda x: gg.abs(x * 1j)])
+def test_tangents_through_complex_numbers_are_refused(f: Any) -> None:
+    with pytest.raises(DTypeError, match="complex128"):
+        gg.jvp(f, (np.ones(2),), (np.ones(2),))
+
+
+def test_an_exception_leaves_nothing_behind() -> None:
+    def interrupted(x: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for transform in (gg.grad, gg.hessian, lambda f: lambda x: gg.jvp(f, (x,), (x,))):
+        with pytest.raises(KeyboardInterrupt), gg.no_grad():
+            transform(interrupted)(np.ones(2))
+    assert gg.is_grad_enabled() and not gate
+    assert not gg.grad(lambda x: gg.sum(x * x))(np.ones(2)).requires_grad

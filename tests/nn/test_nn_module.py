@@ -275,7 +275,7 @@ def test_hooks() -> None:
     assert seen == [4.0]
 
 
-# -- errors that name the layer ------------------------------------------------------------------------
+# -- errors that name the layer ------------------------------------------------------------------
 
 
 def test_an_error_names_the_layer() -> None:
@@ -283,8 +283,8 @@ def test_an_error_names_the_layer() -> None:
     with pytest.raises(ShapeError) as caught:
         net(gg.tensor(np.ones((5, 8), np.float32)))
     assert str(caught.value) == (
-        "Sequential.2 (Linear 128->10): input has 64 features (shape (5, 64)), the layer takes 128; "
-        "give the layer before it 128 outputs, or make this one Linear(64, 10)"
+        "Sequential.2 (Linear 128->10): input has 64 features (shape (5, 64)), the layer takes "
+        "128; give the layer before it 128 outputs, or make this one Linear(64, 10)"
     )
 
 
@@ -339,7 +339,7 @@ def test_no_forward() -> None:
         Empty()(1)
 
 
-# -- layers ------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------------
 
 
 def test_repr() -> None:
