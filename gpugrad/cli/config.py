@@ -78,8 +78,8 @@ class Config:
     activation: str = "relu"
     epochs: int = 20
     batch_size: int = 64
-    lr: float = 2e-3
-    lr_decay: float = 0.95
+    lr: float = 1e-3
+    lr_decay: float = 1.0
     optimizer: str = "adamw"
     momentum: float = 0.9
     weight_decay: float = 0.01
@@ -119,7 +119,7 @@ class Config:
 
 #: Data sets that ask for other numbers than the rest.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "fashion-mnist": {"epochs": 10, "lr": 1e-3, "lr_decay": 0.85},
+    "fashion-mnist": {"epochs": 10, "lr_decay": 0.85},
 }
 
 

@@ -99,8 +99,7 @@ def fail(made: Primitive, operands: Sequence[Any], error: Exception) -> NoReturn
     if isinstance(error, GpugradError):
         error.add_note(f"gpugrad.{made.name}({met})")
         raise error
-    places = {SPACES[type(x)].device(x) for x in arrays} | {SPACES[type(x)].name for x in arrays}
-    if len({(SPACES[type(x)].name, SPACES[type(x)].device(x)) for x in arrays}) > 1 and places:
+    if len({(SPACES[type(x)].name, SPACES[type(x)].device(x)) for x in arrays}) > 1:
         mixed(made, operands)
     if isinstance(error, ValueError) and len(arrays) > 1:
         raise ShapeError(

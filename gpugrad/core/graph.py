@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from gpugrad.backend import SPACES, Array, Backend, bind, on_register
 from gpugrad.core.primitive import FACETS, Primitive, Rule, differentiable
-from gpugrad.errors import DTypeError, FreedGraphError, InplaceError, ShapeError
+from gpugrad.errors import DeclarationError, DTypeError, FreedGraphError, InplaceError, ShapeError
 
 #: What the walk has to do with a node.
 LEAF, SINGLE, PAIR, MANY, HOOKED = range(5)
@@ -354,10 +354,12 @@ def pullback(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[
         g = [g.get(i) for i in range(node.outputs)]  # type: ignore[attr-defined]
     if made.joint is not None:
         grads = evaluate(node, made.joint, g, wrap)
-        if len(grads) != len(node.mask):  # type: ignore[attr-defined]
-            raise ValueError(
-                f"{made.name}: its joint rule returned {len(grads)} gradients for "
-                f"{len(node.mask)} operands"  # type: ignore[attr-defined]
+        wanted = len(node.mask)  # type: ignore[attr-defined]
+        if not isinstance(grads, tuple | list) or len(grads) != wanted:
+            got = len(grads) if isinstance(grads, tuple | list) else type(grads).__name__
+            raise DeclarationError(
+                f"{made.name}: its joint rule returned {got}, and not {wanted} gradients in a "
+                "tuple, one per operand (None where there is none)"
             )
         found = [(i, p, grads[i]) for i, p in parents]
     else:

@@ -32,6 +32,7 @@ from keyword import iskeyword
 from types import SimpleNamespace
 from typing import Any
 
+from gpugrad.backend import Backend
 from gpugrad.errors import DeclarationError
 
 #: The differentiable operations under their own names: the ``m`` of a rule whose result is
@@ -268,9 +269,8 @@ def primitive(
         Names of arrays that the forward returns beside its result, ``return y, mask``, for the
         rules. They count as constants.
     outputs:
-        Number of results, when the forward returns a tuple of several; or the name of the
-        parameter-derived count ``"many"`` when it depends on the call. The joint rule's ``g`` is
-        then a list with a gradient or None for each.
+        Number of results, when the forward returns a tuple of several; ``"many"`` when it depends
+        on the call. The joint rule's ``g`` is then a list with a gradient or None for each.
     """
     if vjps is not None and vjp is not None:
         raise DeclarationError("give vjps (a rule per operand) or vjp (one joint rule), not both")
@@ -319,9 +319,6 @@ def _is_ours(function: Any) -> bool:
 
 def _claim(name: str, function: Callable[..., Any]) -> None:
     """Refuse a name of the library's own to others: rules here are written with it."""
-    from gpugrad.backend import Backend
-
-
     taken = _is_ours(getattr(differentiable, name, None)) or hasattr(Backend, name)
     if taken and not _is_ours(function):
         raise DeclarationError(

@@ -298,7 +298,7 @@ class Tensor:
         return operator.index(self.item())
 
     def __format__(self, spec: str) -> str:
-        return format(self.item(), spec) if spec and not self.data.shape else format(str(self), spec)
+        return format(str(self) if self.data.shape or not spec else self.item(), spec)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if self.device != "cpu":

@@ -248,7 +248,7 @@ def scatter_add_along_axis(
         sample(normal((3, 4)), np.array([[0, 0], [3, 1], [2, -1]]), axis=1),
         sample(normal((3, 4)), np.array([[2, 0]]), note="indices broadcast off the axis"),
     ],
-    reference=np.take_along_axis,
+    reference=lambda x, indices, axis=-1: np.take_along_axis(x, indices, axis),
 )
 def take_along_axis(x: Any, indices: Any, /, *, axis: int = -1) -> Tensor:
     """The elements of ``x`` that ``indices`` name along ``axis``, place by place.

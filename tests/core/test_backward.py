@@ -226,7 +226,7 @@ def test_no_reference_cycles() -> None:
     assert gc.collect() == 0
 
 
-def test_a_million_nodes_without_recursion() -> None:
+def test_a_hundred_thousand_nodes_without_recursion() -> None:
     x = gg.tensor(1.0, requires_grad=True)
     y = x
     for _ in range(100_000):
@@ -336,7 +336,7 @@ def test_a_hook_may_not_change_shape_or_memory() -> None:
         with pytest.raises(InplaceError, match=r"return g \* 2"):
             ((tensor + w) * gg.tensor([2.0, 3.0])).sum().backward()
         remove()
-    x.register_hook(lambda g: 3.0)
+    x.register_hook(lambda g: 3.0)  # type: ignore[return-value]
     with pytest.raises(DTypeError, match="tensor or None, not float"):
         gg.sum(x * w).backward()
     assert x.grad is None and w.grad is None
@@ -358,7 +358,7 @@ def test_a_hook_may_return_an_array_and_a_removal_is_for_one_hook() -> None:
     x = leaf(1.0, 2.0)
     remove = x.register_hook(lambda g: None)
     remove()
-    x.register_hook(lambda g: np.array([7, 8]))
+    x.register_hook(lambda g: np.array([7, 8]))  # type: ignore[return-value]
     remove()
     gg.sum(x * x).backward()
     assert x.grad.dtype == np.float64 and x.grad.tolist() == [7.0, 8.0]  # type: ignore[union-attr]
@@ -373,19 +373,19 @@ def test_what_a_hook_saw_and_what_was_retained_stays() -> None:
         h.register_hook(seen.append)
         gg.sum(h * h).backward(create_graph=create)
         with gg.no_grad():
-            x.grad *= 0.0
+            x.grad *= 0.0  # type: ignore[operator]
         assert h.grad.tolist() == [4.0, 6.0] == seen[0].tolist()  # type: ignore[union-attr]
 
 
 def test_recorded_gradients_share_memory_with_nothing() -> None:
     x, w = leaf(1.0, 2.0), leaf(3.0, 4.0)
     gg.sum((x + w) * gg.tensor([2.0, 3.0])).backward(create_graph=True)
-    x.grad *= 0.0
+    x.grad *= 0.0  # type: ignore[operator]
     assert w.grad.tolist() == [2.0, 3.0]  # type: ignore[union-attr]
     given = gg.tensor([1.0, 1.0])
     v = leaf(1.0, 2.0)
     (v + 1.0).backward(given, create_graph=True)
-    v.grad *= 0.0
+    v.grad *= 0.0  # type: ignore[operator]
     assert given.tolist() == [1.0, 1.0]
 
 
@@ -420,7 +420,7 @@ def test_a_gradient_that_is_set_must_fit() -> None:
         x.grad = gg.zeros(2, dtype="int64")
     with pytest.raises(DeviceError, match=r"strict:device1.*\.to\('cpu'\)"):
         x.grad = gg.zeros(2, device="strict:device1")
-    with pytest.raises(DTypeError, match="complex128.*real part"):
+    with pytest.raises(DTypeError, match=r"complex128.*real part"):
         (x * x).backward(np.array([1j, 1.0]))
     assert x.grad is None
 

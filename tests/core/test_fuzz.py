@@ -1,8 +1,7 @@
-"""Random programs against PyTorch, and random nests of transforms against JAX."""
+"""Random programs against PyTorch, and random nests of transforms against HIPS autograd."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -323,7 +322,7 @@ def _derivatives(make: Callable[..., Any], program: Program) -> list[Any]:
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-@pytest.mark.parametrize("seed", range(0, 120, 10))
+@pytest.mark.parametrize("seed", range(0, 80, 10))
 def test_programs_against_pytorch(seed: int) -> None:
     for k in range(seed, seed + 10):
         program = Program(k)
@@ -332,7 +331,7 @@ def test_programs_against_pytorch(seed: int) -> None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-7, atol=1e-9, err_msg=f"program {k}")
 
 
-@pytest.mark.parametrize("seed", range(0, 40, 10))
+@pytest.mark.parametrize("seed", range(0, 20, 10))
 def test_programs_forward_and_backward_agree(seed: int) -> None:
     """⟨u, Jv⟩ by jvp is ⟨Jᵀu, v⟩ by vjp, and the Hessian is symmetric whichever way it is made."""
     for k in range(seed, seed + 10):
@@ -401,29 +400,36 @@ def _in_gpugrad() -> dict[str, Any]:
     }
 
 
-def _in_jax(jax: Any) -> dict[str, Any]:
-    def first(f: Any) -> Any:
-        return lambda x: jax.grad(lambda x: 1.0 * f(x))(1.0 * x)
+def _in_autograd() -> dict[str, Any]:
+    from autograd import grad, numpy
+    from autograd.tracer import getval, isbox
+
+    def stop(x: Any) -> Any:
+        while isbox(x):
+            x = getval(x)
+        return x
 
     return {
-        "sin": jax.numpy.sin,
-        "stop": jax.lax.stop_gradient,
-        **dict.fromkeys(FIRST, first),
-        **dict.fromkeys(SECOND, lambda f: first(first(f))),
+        "sin": numpy.sin,
+        "stop": stop,
+        **dict.fromkeys(FIRST, grad),
+        **dict.fromkeys(SECOND, lambda f: grad(grad(f))),
     }
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_nested_transforms_against_jax(seed: int) -> None:
-    jax = pytest.importorskip("jax", reason="compares nested transforms with JAX")
-    jax.config.update("jax_enable_x64", True)
+@pytest.mark.filterwarnings("ignore:Output seems independent of input")
+@pytest.mark.parametrize("seed", range(8))
+def test_nested_transforms_against_autograd(seed: int) -> None:
+    pytest.importorskip("autograd", reason="compares nested transforms with HIPS autograd")
     rng = np.random.default_rng(seed)
-    ours, theirs = _in_gpugrad(), _in_jax(jax)
-    for _ in range(25):
+    ours, theirs = _in_gpugrad(), _in_autograd()
+    for _ in range(15):
         text = f"lambda v0: {_expression(rng, ('v0',), 5)}"
-        f, g = eval(text, ours), eval(text, theirs)  # noqa: S307
-        for name in ("value", *FIRST):
-            way = ours.get(name, lambda f: f)
-            expected = g(0.6) if name == "value" else theirs["grad"](g)(0.6)
-            assert float(way(f)(gg.tensor(0.6))) == pytest.approx(float(expected), rel=1e-9, abs=1e-12), text
+        f, g = eval(text, ours), eval(text, theirs)
+        value, derivative = float(g(0.6)), float(theirs["grad"](g)(0.6))
+        close = {"rel": 1e-9, "abs": 1e-9}
+        assert float(f(gg.tensor(0.6))) == pytest.approx(value, **close), text
+        for name in FIRST:
+            got = float(ours[name](f)(gg.tensor(0.6)))
+            assert got == pytest.approx(derivative, **close), f"{name} of {text}"
     assert gg.is_grad_enabled()

@@ -189,6 +189,7 @@ def test_unary_and_linear_rules_of_others_are_looked_at() -> None:
     ):
         with pytest.raises(ShapeError, match=r"(?s)operand of shape \(2,\).*pass of double"):
             gg.sum(make()(x)).backward()
+
     def same(m: Any, x: Any, /) -> Any:
         """A copy of x."""
         return x * 1
@@ -219,13 +220,18 @@ def test_names_that_generated_code_uses() -> None:
     ):
         with pytest.raises(DeclarationError, match="the engine's own"):
             gg.elementwise(partials=None)(forward)
+
     def dressed(m: Any, body: Any, body_shape: Any, /) -> Any:
         return body
 
-    with pytest.raises(DeclarationError, match="'body_shape'.*shape of 'body'"):
+    with pytest.raises(DeclarationError, match=r"'body_shape'.*shape of 'body'"):
         gg.elementwise(partials=None)(dressed)
-    dressed.__name__ = "lambda_"
-    for forward in (lambda m, x, /: x, dressed):
+
+    def plain(m: Any, x: Any, /) -> Any:
+        return x
+
+    plain.__name__ = "lambda_"
+    for forward in (lambda m, x, /: x, plain):
         with pytest.raises(DeclarationError, match=r"lambda.*def with a name"):
             gg.elementwise(partials=None)(forward)
 
@@ -241,6 +247,7 @@ def test_an_operand_whose_name_ends_like_a_facet_is_differentiated() -> None:
 
 def test_the_librarys_names_are_taken_and_ones_own_can_be_given_again() -> None:
     for name in ("sin", "clip", "device"):
+
         def mine(m: Any, x: Any, /) -> Any:
             """x."""
             return x
@@ -249,6 +256,7 @@ def test_the_librarys_names_are_taken_and_ones_own_can_be_given_again() -> None:
         with pytest.raises(DeclarationError, match=f"{name}: gpugrad has an operation"):
             gg.elementwise(partials=(lambda g: g,))(mine)
     for factor in (2.0, 3.0):
+
         def scaled(m: Any, x: Any, /, factor: float = factor) -> Any:
             """x times a factor."""
             return x * factor
@@ -288,3 +296,15 @@ def test_operands_that_are_no_numbers(operand: Any, message: str) -> None:
         x * operand
     with pytest.raises(DTypeError, match=message):
         gg.multiply(operand, x)
+
+
+@pytest.mark.parametrize(("answer", "got"), [(lambda g: g, "ndarray"), (lambda g: (g,), "1")])
+def test_a_joint_rule_returns_one_gradient_per_operand(answer: Any, got: str) -> None:
+    @gg.primitive(vjp=lambda g: answer(g))
+    def pair(m: Any, a: Any, b: Any, /) -> Any:
+        """a + b."""
+        return a + b
+
+    x = gg.tensor(np.ones((2, 3)), requires_grad=True)
+    with pytest.raises(DeclarationError, match=f"pair: .* returned {got}, and not 2"):
+        gg.sum(pair(x, x)).backward()

@@ -134,3 +134,9 @@ def test_iteration_and_unpacking_keep_the_graph() -> None:
     a, b, c = x
     (a * b * c).backward()
     np.testing.assert_array_equal(x.grad.numpy(), [6.0, 3.0, 2.0])
+
+
+def test_powers_of_unsigned_exponents() -> None:
+    x = gg.tensor([3.0, 3.0, 0.0], requires_grad=True)
+    gg.sum(x ** np.array([0, 2, 1], dtype="uint64")).backward()
+    assert x.grad.tolist() == [0.0, 6.0, 1.0]  # type: ignore[union-attr]
