@@ -20,6 +20,7 @@ gate: list[None] = []
 
 class _ThreadState(threading.local):
     recording = True
+    off = False  # by a plain call of set_grad_enabled, outside of any block
     kept: list[Any] | None = None
 
 
@@ -62,17 +63,8 @@ class keep_results:
         gate.pop()
 
 
-class set_grad_enabled:
-    """Record operations, or do not, inside a ``with`` block or a decorated function.
-
-    The setting belongs to the current thread; other threads keep theirs.
-
-    >>> import gpugrad as gg
-    >>> x = gg.tensor(2.0, requires_grad=True)
-    >>> with gg.set_grad_enabled(False):
-    ...     (x * x).requires_grad
-    False
-    """
+class _Mode:
+    """A setting for the length of a ``with`` block or of a decorated function."""
 
     def __init__(self, mode: bool) -> None:
         self._mode = mode
@@ -102,13 +94,13 @@ class set_grad_enabled:
 
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with set_grad_enabled(mode):
+            with _Mode(mode):
                 return function(*args, **kwargs)
 
         return wrapped  # type: ignore[return-value]
 
 
-class no_grad(set_grad_enabled):
+class no_grad(_Mode):
     """Do not record: results have no graph and keep nothing alive.
 
     A context manager and, called first, a decorator: ``@gg.no_grad()``.
@@ -124,7 +116,7 @@ class no_grad(set_grad_enabled):
         super().__init__(False)
 
 
-class enable_grad(set_grad_enabled):
+class enable_grad(_Mode):
     """Record again inside a ``no_grad`` block.
 
     >>> import gpugrad as gg
@@ -136,3 +128,46 @@ class enable_grad(set_grad_enabled):
 
     def __init__(self) -> None:
         super().__init__(True)
+
+
+class set_grad_enabled(_Mode):
+    """Record operations, or do not: from now on, in a ``with`` block, or in a decorated function.
+
+    As in PyTorch, a plain call takes effect at once and stays; used for a block or as a decorator,
+    what was set before comes back. The setting belongs to the current thread.
+
+    >>> import gpugrad as gg
+    >>> x = gg.tensor(2.0, requires_grad=True)
+    >>> with gg.set_grad_enabled(False):
+    ...     (x * x).requires_grad
+    False
+    """
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__(bool(mode))
+        self._found: bool | None = _state.recording
+        _switch(self._mode)
+
+    def _undo(self) -> None:
+        if self._found is not None:
+            _switch(self._found)
+            self._found = None
+
+    def __enter__(self) -> None:
+        self._undo()
+        super().__enter__()
+
+    def __call__(self, function: F) -> F:
+        self._undo()
+        return super().__call__(function)
+
+
+def _switch(mode: bool) -> None:
+    """Set this thread's mode until further notice, holding the gate open while it is off."""
+    if _state.off == mode:
+        _state.off = not mode
+        if mode:
+            gate.pop()
+        else:
+            gate.append(None)
+    _state.recording = mode

@@ -560,9 +560,14 @@ def check_differentiable(x: Array, where: str) -> None:
 
 
 def raw_index(index: Any) -> Any:
-    """An index with the arrays of the tensors in it."""
+    """An index with the arrays of the tensors in it.
+
+    A NumPy array is copied: the graph keeps the index, and nobody would tell it of a change.
+    """
     if isinstance(index, Tensor):
         return index.data
+    if isinstance(index, np.ndarray):
+        return index.copy()
     if isinstance(index, tuple):
         return tuple(raw_index(i) for i in index)
     if isinstance(index, list):
@@ -720,6 +725,8 @@ def asarray(
     """A tensor of ``obj`` that shares its memory where that is possible.
 
     As :func:`tensor`, without the copy; ``copy=True`` asks for one and ``copy=False`` refuses one.
+    A change made to shared memory from outside, not through a tensor, goes unnoticed: between a
+    forward and its backward pass it makes the gradients those of the changed values.
     A tensor comes back as it is, graph included, when nothing has to change.
 
     >>> import numpy as np, gpugrad as gg

@@ -58,6 +58,14 @@ def test_an_index_array_that_changed_is_found() -> None:
         y.backward()
 
 
+def test_an_index_array_of_the_host_is_copied() -> None:
+    x, index = leaf(1.0, 2.0, 3.0), np.array([0, 2])
+    y = gg.sum(x[index])
+    index[:] = 1
+    y.backward()
+    np.testing.assert_array_equal(x.grad.numpy(), [1.0, 0.0, 1.0])
+
+
 def test_a_change_of_what_was_not_saved_is_harmless() -> None:
     x, a = leaf(1.0, 2.0), gg.tensor([3.0, 4.0])
     y = gg.sum(x + a)

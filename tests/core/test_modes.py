@@ -67,3 +67,18 @@ def test_a_generator_cannot_be_decorated() -> None:
         @gg.no_grad()
         def steps() -> Iterator[bool]:
             yield recorded()
+
+
+def test_set_grad_enabled_as_a_call_a_block_and_a_decorator() -> None:
+    gg.set_grad_enabled(False)
+    try:
+        assert not recorded()
+        gg.set_grad_enabled(False)
+        with gg.set_grad_enabled(True):
+            assert recorded()
+        assert not recorded()
+    finally:
+        gg.set_grad_enabled(True)
+    assert recorded() and not gate
+    decorated = gg.set_grad_enabled(False)(recorded)
+    assert recorded() and not decorated() and recorded() and not gate
