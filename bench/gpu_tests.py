@@ -56,7 +56,7 @@ def with_pytest(notes: Any, folder: Path) -> None:
     """pytest, with settings of its own: a warning of the machine's CuPy is no failure of ours."""
     import pytest
 
-    os.environ.pop("PYTEST_ADDOPTS", None)  # what the caller wants of its own pytest is not for this
+    os.environ.pop("PYTEST_ADDOPTS", None)  # the caller's are for its own pytest
     code = pytest.main(
         [str(folder), "-m", MARK, "-q", "-o", "addopts=--import-mode=importlib",
          "-o", "minversion=1.0", "-o", "filterwarnings=default", "-p", "no:cacheprovider",
