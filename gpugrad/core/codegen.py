@@ -296,7 +296,7 @@ def function_source(made: Primitive) -> str:
     for i in count:
         name = operands[i]
         others = "(" + "".join(f"{operands[j]}, " for j in count if j != i) + ")"
-        add(f"    if isinstance({name}, Tensor):")
+        add(f"    if {name}.__class__ is Tensor or isinstance({name}, Tensor):")
         add(f"        u{i} = {name}.data")
         add(f"        p{i} = {name}._node")
         if i == 0:
@@ -343,15 +343,6 @@ def function_source(made: Primitive) -> str:
     add("        t._node = None")
     add("        return t")
     fits = made.fits
-    if fits:
-        test = "False"
-        if made.elementwise and len(operands) == 2:
-            test = "u0.shape == u1.shape and u0.dtype is u1.dtype"
-            # Another class is a Python scalar here: it has no shape, and is weak unless complex.
-            test += (
-                " if u0.__class__ is u1.__class__ else complex not in (u0.__class__, u1.__class__)"
-            )
-        add(f"    same = {test}")
     if len(wanted) == 1:
         _add_node(made, lines, 1 << wanted[0], "    ", fits)
     else:
@@ -365,8 +356,9 @@ def function_source(made: Primitive) -> str:
             _add_node(made, lines, key, "        ", fits)
     if fits:
         metas = ", ".join(f"meta_of(u{i})" for i in count)
-        add("    if not same:")
-        add(f"        n.meta = ({metas}, y.shape)")
+        if made.may_broadcast:
+            add("    if not same:")
+        add(f"    {'    ' * made.may_broadcast}n.meta = ({metas}, y.shape)")
     if parameters:
         add(f"    n.kw = {values}")
     add("    n.seq = next_seq()")
@@ -387,7 +379,8 @@ def _add_lookup(lines: list[str]) -> None:
 
 def _add_node(made: Primitive, lines: list[str], key: int, indent: str, fits: bool) -> None:
     """The lines that make one node and fill the slots that its mask asks for."""
-    if fits and made.elementwise and len(made.operands) == 2:
+    if made.may_broadcast:
+        _add_same(lines, key, indent)
         key_of = f"{key} if same else {key + FIT}"
         cls = f"(node_{key} if same else node_{key + FIT})"
     else:
@@ -404,6 +397,25 @@ def _add_node(made: Primitive, lines: list[str], key: int, indent: str, fits: bo
         lines.append(f"{indent}n.p{k} = p{i}")
     for name in made.saved_names(mask):
         lines.append(f"{indent}n.s_{name} = {_value(made, name)}")
+
+
+def _add_same(lines: list[str], key: int, indent: str) -> None:
+    """The lines that ask whether every operand that wants a gradient has the result's shape.
+
+    And its dtype. When one operand does, the sizes tell: a result of as many bytes and axes was
+    neither broadcast nor promoted, unless it is empty. That costs two thirds of comparing shapes;
+    the standard knows no ``nbytes``, so the exception is for libraries that keep to its letter.
+    """
+    if key == 3:
+        lines.append(f"{indent}same = u0.shape == u1.shape and u0.dtype is u1.dtype")
+        return
+    u = f"u{key - 1}"
+    lines += [
+        f"{indent}try:",
+        f"{indent}    same = y.nbytes == {u}.nbytes != 0 and y.ndim == {u}.ndim",
+        f"{indent}except AttributeError:",
+        f"{indent}    same = y.shape == {u}.shape and y.dtype == {u}.dtype",
+    ]
 
 
 def _value(made: Primitive, name: str) -> str:

@@ -143,6 +143,14 @@ class Primitive:
             return not _is_ours(self.forward)
         return self.broadcasts
 
+    @property
+    def may_broadcast(self) -> bool:
+        """Whether it depends on the call if gradients must be brought to their operands' shape.
+
+        It does in a binary element-wise operation of ours: only after broadcasting or promotion.
+        """
+        return self.elementwise and len(self.operands) == 2 and _is_ours(self.forward)
+
     def saved_names(self, mask: Sequence[bool]) -> tuple[str, ...]:
         """What a node saves when the operands in ``mask`` want a gradient, in a fixed order."""
         if self.joint is not None:

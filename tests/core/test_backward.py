@@ -457,3 +457,27 @@ def test_complex_numbers_between_casts_are_refused() -> None:
     with pytest.raises(DTypeError, match="complex"):
         gg.sum(y).backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize(
+    "shapes", [((0, 3), (1, 3)), ((1, 0), (5, 1)), ((1, 1), (4,)), ((3,), (1, 3))]
+)
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "strict:device1"])
+def test_gradients_have_their_operands_shape_and_dtype(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], constant: bool, device: str
+) -> None:
+    for dtype, other in (("float32", "float32"), ("float32", "float64")):
+        a = gg.asarray(np.ones(shapes[0], dtype), device=device).requires_grad_()
+        b = gg.asarray(np.full(shapes[1], 2.0, other), device=device)
+        if not constant:
+            b.requires_grad_()
+        for y in (a * b, b * a):
+            y.backward(gg.ones_like(y.detach()))
+        for x in (a, b):
+            if x.requires_grad:
+                assert x.grad.shape == x.shape and x.grad.dtype == x.dtype
+        lost = int(np.prod(np.broadcast_shapes(*shapes))) // max(1, int(np.prod(shapes[0])))
+        np.testing.assert_array_equal(
+            a.grad.backend.to_host(a.grad.data), np.full(shapes[0], 4.0 * lost)
+        )
