@@ -2,6 +2,8 @@
 
 # Each module lists its public names in __all__; a new operation touches its own file only.
 # ruff: noqa: F403
+import typing
+
 from gpugrad.ops import (
     activations,
     arithmetic,
@@ -34,20 +36,28 @@ from gpugrad.ops.methods import attach
 from gpugrad.ops.reductions import *
 from gpugrad.ops.trigonometric import *
 
-__all__: list[str] = []
-__all__ += activations.__all__
-__all__ += arithmetic.__all__
-__all__ += comparison.__all__
-__all__ += contraction.__all__
-__all__ += creation.__all__
-__all__ += dtypes.__all__
-__all__ += exponential.__all__
-__all__ += indexing.__all__
-__all__ += joining.__all__
-__all__ += linalg.__all__
-__all__ += losses.__all__
-__all__ += manipulation.__all__
-__all__ += reductions.__all__
-__all__ += trigonometric.__all__
+if (
+    not typing.TYPE_CHECKING
+):  # mypy reads no sum of lists; without __all__ it takes every name imported
+    __all__ = [
+        name
+        for module in (
+            activations,
+            arithmetic,
+            comparison,
+            contraction,
+            creation,
+            dtypes,
+            exponential,
+            indexing,
+            joining,
+            linalg,
+            losses,
+            manipulation,
+            reductions,
+            trigonometric,
+        )
+        for name in module.__all__
+    ]
 
 attach()

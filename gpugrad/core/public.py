@@ -1,0 +1,41 @@
+"""What the engine offers to users, by name."""
+
+from __future__ import annotations
+
+from gpugrad.backend import Backend, register_backend
+from gpugrad.core.checks import check_grads
+from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
+from gpugrad.core.primitive import Sample, composite, elementwise, linear, primitive, sample
+from gpugrad.core.tensor import Tensor, asarray, from_dlpack, tensor
+from gpugrad.core.transforms import grad, hessian, hvp, identity, jacobian, jvp, value_and_grad, vjp
+from gpugrad.core.view import Graph, graph
+
+__all__ = [
+    "Backend",
+    "Graph",
+    "Sample",
+    "Tensor",
+    "asarray",
+    "check_grads",
+    "composite",
+    "elementwise",
+    "enable_grad",
+    "from_dlpack",
+    "grad",
+    "graph",
+    "hessian",
+    "hvp",
+    "identity",
+    "is_grad_enabled",
+    "jacobian",
+    "jvp",
+    "linear",
+    "no_grad",
+    "primitive",
+    "register_backend",
+    "sample",
+    "set_grad_enabled",
+    "tensor",
+    "value_and_grad",
+    "vjp",
+]
