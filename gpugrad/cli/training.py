@@ -19,8 +19,9 @@ from gpugrad import io
 from gpugrad import ops as gg
 from gpugrad.cli.config import Config, ConfigError, build_net, build_optimizer, option
 from gpugrad.cli.threads import serial_blas
+from gpugrad.core.conversion import asarray
 from gpugrad.core.modes import no_grad
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor
 from gpugrad.data import Dataset, batches
 from gpugrad.errors import GpugradError
 from gpugrad.nn import functional as F

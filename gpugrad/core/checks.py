@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import differentiable
-from gpugrad.core.tensor import Tensor, asarray, tensor_of
+from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.core.transforms import jvp, vjp
 from gpugrad.core.tree import flatten
 from gpugrad.errors import DTypeError, GradientCheckError

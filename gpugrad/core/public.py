@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from gpugrad.backend import Backend, register_backend
 from gpugrad.core.checks import check_grads
+from gpugrad.core.conversion import asarray, from_dlpack, tensor
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from gpugrad.core.primitive import Sample, composite, elementwise, linear, primitive, sample
-from gpugrad.core.tensor import Tensor, asarray, from_dlpack, tensor
+from gpugrad.core.tensor import Tensor
 from gpugrad.core.transforms import grad, hessian, hvp, identity, jacobian, jvp, value_and_grad, vjp
 from gpugrad.core.view import Graph, graph
 

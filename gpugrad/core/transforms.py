@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
+from gpugrad.core.conversion import asarray
 from gpugrad.core.graph import (
     Leaf,
     Node,
@@ -21,7 +22,7 @@ from gpugrad.core.graph import (
 )
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad
 from gpugrad.core.primitive import differentiable, linear, sample
-from gpugrad.core.tensor import Tensor, as_tensor, asarray, check_differentiable, seed, tensor_of
+from gpugrad.core.tensor import Tensor, as_tensor, check_differentiable, seed, tensor_of
 from gpugrad.core.tree import flatten
 from gpugrad.errors import DTypeError, GraphError, ShapeError
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import SPACES, is_array
+from gpugrad.core.conversion import tensor
 from gpugrad.core.graph import (
     FREED,
     Bundle,
@@ -24,7 +25,7 @@ from gpugrad.core.graph import (
 )
 from gpugrad.core.modes import keep_results
 from gpugrad.core.picture import Graph, GraphEdge, GraphNode, Saved
-from gpugrad.core.tensor import Tensor, seed, tensor, tensor_of
+from gpugrad.core.tensor import Tensor, seed, tensor_of
 from gpugrad.errors import DTypeError, FreedGraphError, GraphError, ShapeError
 
 __all__ = ["Graph", "graph"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gpugrad.io.checkpoint import check_matches, load, save
+from gpugrad.io.checkpoint import load, save
 from gpugrad.io.errors import (
     CheckpointCorruptError,
     CheckpointError,
-    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
 )
@@ -15,10 +14,8 @@ from gpugrad.io.state import pack, unpack
 __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
-    "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointWriteError",
-    "check_matches",
     "load",
     "pack",
     "save",

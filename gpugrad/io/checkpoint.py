@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from gpugrad.io.errors import (
     CheckpointCorruptError,
     CheckpointError,
-    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
 )
 
-__all__ = ["check_matches", "load", "save"]
+__all__ = ["load", "save"]
 
 Tensors = dict[str, NDArray[Any]]
 Metadata = dict[str, str]
@@ -106,43 +105,6 @@ def load(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return _decode(raw, f"checkpoint {path}")
-
-
-def check_matches(
-    expected: Mapping[str, tuple[tuple[int, ...], DTypeLike]],
-    found: Mapping[str, NDArray[Any]],
-) -> None:
-    """Check that `found` has exactly the names, shapes and dtypes of `expected`.
-
-    To be called before the first parameter is overwritten, so that a model is restored in full
-    or left alone. `expected` maps a name to (shape, dtype).
-
-    Raises `CheckpointMismatchError`, which lists everything that differs.
-
-    >>> check_matches({"weight": ((2, 3), "float32")}, {"weight": np.zeros((3, 2), np.float32)})
-    Traceback (most recent call last):
-    gpugrad.io.errors.CheckpointMismatchError: the checkpoint does not fit:
-      wrong shape: weight is (3, 2), expected (2, 3)
-    """
-    missing = tuple(sorted(expected.keys() - found.keys()))
-    unexpected = tuple(sorted(found.keys() - expected.keys()))
-    lines = [f"missing: {name}" for name in missing]
-    lines += [f"unexpected: {name}" for name in unexpected]
-    wrong_shape, wrong_dtype = [], []
-    for name in sorted(expected.keys() & found.keys()):
-        shape, dtype = tuple(expected[name][0]), np.dtype(expected[name][1])
-        array = found[name]
-        if array.shape != shape:
-            wrong_shape.append(name)
-            lines.append(f"wrong shape: {name} is {array.shape}, expected {shape}")
-        if array.dtype != dtype:
-            wrong_dtype.append(name)
-            lines.append(f"wrong dtype: {name} is {array.dtype}, expected {dtype}")
-    if lines:
-        raise CheckpointMismatchError(
-            "\n  ".join(("the checkpoint does not fit:", *lines)),
-            *(missing, unexpected, tuple(wrong_shape), tuple(wrong_dtype)),
-        )
 
 
 def _encode(tensors: Mapping[Any, Any], metadata: Mapping[Any, Any]) -> bytes:

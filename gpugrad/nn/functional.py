@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from gpugrad import ops
-from gpugrad.core.tensor import Tensor, tensor
+from gpugrad.core.conversion import tensor
+from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.nn.random import Generator, draws_from
 from gpugrad.ops import linalg

@@ -13,8 +13,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gpugrad.core.conversion import tensor
 from gpugrad.core.modes import no_grad
-from gpugrad.core.tensor import Tensor, tensor
+from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.nn.random import Generator, draws_from
 

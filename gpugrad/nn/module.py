@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.modes import no_grad
-from gpugrad.core.tensor import Parameter, Tensor, asarray, tensor
+from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import GpugradError
 from gpugrad.nn.errors import ModuleError, StateDictError
 

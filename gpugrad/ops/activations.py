@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, elementwise, primitive, sample
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops import formulas
 from gpugrad.ops.samples import distinct, normal

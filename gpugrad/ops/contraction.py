@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, sample
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops.indexing import subscript
 from gpugrad.ops.linalg import matmul

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Backend, backend_for_device
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, sample
-from gpugrad.core.tensor import Tensor, asarray, raw_index, tensor_of
+from gpugrad.core.tensor import Tensor, raw_index, tensor_of
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops.manipulation import broadcast_arrays, reshape
 from gpugrad.ops.samples import normal

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, linear, primitive, sample
-from gpugrad.core.tensor import SCALARS, Tensor, asarray, placed_index
+from gpugrad.core.tensor import SCALARS, Tensor, placed_index
 from gpugrad.errors import ShapeError
 from gpugrad.ops.creation import arange
 from gpugrad.ops.manipulation import (

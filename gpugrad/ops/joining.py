@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops.manipulation import Axes, along, broadcast_to, expand_dims, normal_axis, reshape
 from gpugrad.ops.samples import normal

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import PASS, composite, differentiable, primitive, sample
-from gpugrad.core.tensor import Tensor, asarray, tensor_of
+from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import ShapeError
 from gpugrad.ops.manipulation import moveaxis, normal_axis, reshape
 from gpugrad.ops.reductions import sum as sum_over

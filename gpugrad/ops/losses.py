@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
-from gpugrad.core.tensor import Tensor, asarray, raw_index
+from gpugrad.core.tensor import Tensor, raw_index
 from gpugrad.errors import DTypeError, OutOfRangeError, ParameterError, ShapeError
 from gpugrad.ops.manipulation import expand_dims, squeeze
 from gpugrad.ops.reductions import counting_dtype, mean, sum

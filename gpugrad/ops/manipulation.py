@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import PASS, composite, linear, sample
-from gpugrad.core.tensor import Tensor, asarray
+from gpugrad.core.tensor import Tensor
 from gpugrad.errors import DTypeError, ShapeError
 from gpugrad.ops.samples import normal
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from gpugrad.backend import SPACES, Array
 from gpugrad.clip import check_bound, coefficient, total_norm
+from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.graph import mutations
 from gpugrad.core.modes import enable_grad
-from gpugrad.core.tensor import Tensor, asarray, tensor, tensor_of
+from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.nn.module import check_state, clear_grads
 from gpugrad.optim.errors import OptimizerError
 from gpugrad.optim.rules import RULES, UpdateRule

@@ -18,10 +18,8 @@ from gpugrad.errors import GpugradError
 from gpugrad.io import (
     CheckpointCorruptError,
     CheckpointError,
-    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointWriteError,
-    check_matches,
     load,
     save,
 )
@@ -311,53 +309,10 @@ def test_metadata_that_cannot_be_saved(tmp_path: Path, metadata: Any, message: s
     assert not list(tmp_path.iterdir())
 
 
-# check_matches
-
-
-def test_matching() -> None:
-    expected = {"w": ((2, 3), "float32"), "h": ((), ml_dtypes.bfloat16)}
-    check_matches(
-        expected, {"h": np.array(1, ml_dtypes.bfloat16), "w": np.zeros((2, 3), np.float32)}
-    )
-    check_matches({}, {})
-
-
-def test_everything_that_differs_is_listed() -> None:
-    expected: dict[str, tuple[tuple[int, ...], str]] = {
-        "same": ((2,), "float32"),
-        "gone.1": ((2,), "float32"),
-        "gone.2": ((2,), "float32"),
-        "shape": ((2, 3), "float32"),
-        "dtype": ((2,), "float32"),
-        "both": ((2,), "float32"),
-    }
-    found: dict[str, NDArray[Any]] = {
-        "same": np.zeros(2, np.float32),
-        "new": np.zeros(2, np.float32),
-        "shape": np.zeros((3, 2), np.float32),
-        "dtype": np.zeros(2),
-        "both": np.zeros(3),
-    }
-    with pytest.raises(CheckpointMismatchError) as caught:
-        check_matches(expected, found)
-    error = caught.value
-    assert error.missing == ("gone.1", "gone.2")
-    assert error.unexpected == ("new",)
-    assert error.wrong_shape == ("both", "shape")
-    assert error.wrong_dtype == ("both", "dtype")
-    text = str(error)
-    assert "shape is (3, 2), expected (2, 3)" in text
-    assert "dtype is float64, expected float32" in text
-    assert "same" not in text
-    copy = pickle.loads(pickle.dumps(error))
-    assert (str(copy), copy.missing) == (text, error.missing)
-
-
 def test_errors_are_standard_ones_too() -> None:
     assert issubclass(CheckpointError, ValueError)
     assert issubclass(CheckpointError, GpugradError)
     assert issubclass(CheckpointWriteError, OSError)
-    assert issubclass(CheckpointMismatchError, CheckpointError)
 
 
 def test_importing_does_not_load_safetensors() -> None:
