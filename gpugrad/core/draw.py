@@ -340,23 +340,37 @@ _PLAIN = frozenset(" .,:=/()[]+-_→←∂…")
 
 
 def table(graph: Graph, max_nodes: int = MAX_NODES) -> str:
-    """One line for each operation: inputs, output, what it saves, bytes."""
+    """One line for each operation: inputs, output, what it saves, bytes.
+
+    Values and gradients of few elements have columns where they are known, and leaves have lines
+    where their gradients are.
+    """
     picture = _Picture(graph, max_nodes)
-    rows = [("id", "operation", "output", "saves", "bytes")]
+    rows = [("id", "operation", "output", "value", "gradient", "saves", "bytes")]
     gap = None
     for node in picture.nodes:
         if picture.folded and node.id >= picture.head and gap is None:
             gap = len(rows)
+        known = value_text(node.value), value_text(node.gradient)
+        made = shape_text(node.shape, node.dtype) or "?"
         if node.kind != "leaf":
             saves = ", ".join(map(_saved_text, node.saved)) or "nothing"
-            made = shape_text(node.shape, node.dtype) or "?"
-            rows.append((str(node.id), _line(graph, node), made, saves, str(node.saved_bytes)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            line = _line(graph, node)
+            rows.append((str(node.id), line, made, *known, saves, str(node.saved_bytes)))
+        elif known[1]:
+            rows.append((str(node.id), _clean(_reference(node)), made, *known, "", ""))
+    columns = [
+        c for c in zip(*rows, strict=True) if any(c[1:]) or c[0] not in ("value", "gradient")
+    ]
+    widths = [max(map(len, column)) for column in columns]
+    numbers = (0, len(columns) - 1)  # these stand to the right
     lines = [
-        "  ".join((row[0].rjust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:4], widths[1:4])),
-                   row[4].rjust(widths[4])))
-        for row in rows
-    ]  # fmt: skip
+        "  ".join(
+            cell.rjust(width) if i in numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in zip(*columns, strict=True)
+    ]
     if gap is not None:
         lines.insert(gap, f"… {len(picture.folded)} nodes folded ({_count(picture.folded)}) …")
     return "\n".join([*lines, summary(graph)])

@@ -75,9 +75,11 @@ def graph(
     >>> import gpugrad as gg
     >>> g = gg.graph(lambda x, y: (x + y) * y, 2.0, 3.0, gradients=True)
     >>> print(g)
-    id  operation             output     saves                     bytes
-     2  %2 = add(x, y)        float64[]  nothing                       0
-     3  %3 = multiply(%2, y)  float64[]  a float64[], b float64[]     16
+    id  operation             output     value  gradient  saves                     bytes
+     0  x                     float64[]  2      3
+     1  y                     float64[]  3      8
+     2  %2 = add(x, y)        float64[]  5      3         nothing                       0
+     3  %3 = multiply(%2, y)  float64[]  15     1         a float64[], b float64[]     16
     2 leaves, 2 operations, 16 bytes saved
     >>> [(edge.operand, edge.value.item(), edge.gradient.item()) for edge in g.inputs(3)]
     [('a', 5.0, 3.0), ('b', 3.0, 5.0)]

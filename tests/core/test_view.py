@@ -373,10 +373,17 @@ def test_the_table_has_a_line_for_each_operation() -> None:
     g = gg.graph(gg.sum(x * w + 1.0, axis=0), names={"x": x, "w": w})
     lines = str(g).splitlines()
     assert len(lines) == 1 + 3 + 1
-    assert re.fullmatch(r" 2  %2 = multiply\(x, w\) +float64\[2, 3\]  a .*, b .* 72", lines[1])
+    assert "gradient" not in lines[0]  # none is known
+    assert re.fullmatch(r" 2  %2 = multiply\(x, w\) +float64\[2, 3\] .* a .*, b .* 72", lines[1])
     assert re.fullmatch(r" 3  %3 = add\(%2, const\) .* nothing +0", lines[2])
     assert re.fullmatch(r" 4  %4 = sum\(%3, axis=0\) .* x_shape \(2, 3\).* 0", lines[3])
     assert lines[-1] == "2 leaves, 3 operations, 72 bytes saved"
+    known = gg.graph(lambda a, b: a * b, 2.0, 3.0, gradients=True)
+    assert [line.split()[:5] for line in str(known).splitlines()[:3]] == [
+        ["id", "operation", "output", "value", "gradient"],
+        ["0", "a", "float64[]", "2", "3"],
+        ["1", "b", "float64[]", "3", "2"],
+    ]
     assert repr(g) == "<Graph: 2 leaves, 3 operations, 72 bytes saved>"
 
 
@@ -417,7 +424,7 @@ def test_names_are_escaped(name: str) -> None:
     g = gg.graph(gg.sum(x * k), names={name: x, name + "2": k}, gradients=True)
     check_dot(g.to_dot())
     check_mermaid(g.to_mermaid())
-    assert len(str(g).splitlines()) == 4
+    assert len(str(g).splitlines()) == 5
 
 
 def test_a_picture_shows_what_is_known() -> None:
