@@ -259,7 +259,8 @@ def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None) -> None:
     last = course.history[-1]
     seconds = sum(row["seconds"] for row in course.history)
     out.print(
-        f"test accuracy {last['test_accuracy']:.2%} after {last['epoch']} epochs and "
+        f"test accuracy {last['test_accuracy']:.2%} after {last['epoch']} "
+        f"{'epoch' if last['epoch'] == 1 else 'epochs'} and "
         f"{seconds:.1f} s of training; {course.checkpoint}",
         soft_wrap=True,
     )

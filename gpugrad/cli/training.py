@@ -386,7 +386,7 @@ def resume(
         )
     if epoch >= run.config.epochs:
         raise ResumeError(
-            f"{path}: all {epoch} epochs are done; ask for more with --epochs {epoch + 10}"
+            f"{path}: all its epochs, {epoch}, are done; ask for more with --epochs {epoch + 10}"
         )
     run.net.load_state_dict(model)
     run.optimizer.load_state_dict(optimizer)

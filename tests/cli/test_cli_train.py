@@ -230,7 +230,7 @@ def test_resume_refuses_another_run_and_says_what_differs(tmp_path, capsys) -> N
 
 def test_resume_refuses_what_is_finished_or_foreign(tmp_path) -> None:
     small(tmp_path, 1).train(Silent())
-    with pytest.raises(ResumeError, match=r"all 1 epochs are done.*--epochs"):
+    with pytest.raises(ResumeError, match=r"all its epochs, 1, are done.*--epochs"):
         resume(tmp_path, load("digits"), "cpu", {})
     with pytest.raises(io.CheckpointNotFoundError):
         resume(tmp_path / "nowhere", load("digits"), "cpu", {})
