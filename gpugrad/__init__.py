@@ -21,9 +21,8 @@ from gpugrad.ops.arithmetic import clip as clip  # the function, not the package
 __version__ = "0.1.0"
 __array_api_version__ = "2024.12"
 
-if (
-    not typing.TYPE_CHECKING
-):  # mypy reads no sum of lists; without __all__ it takes all that is starred
+# mypy reads no sum of lists; without __all__ it takes every name that is starred.
+if not typing.TYPE_CHECKING:
     __all__ = [
         "nn",
         "optim",

@@ -101,19 +101,25 @@ def fail(made: Primitive, operands: Sequence[Any], error: Exception) -> NoReturn
         raise error
     if len({(SPACES[type(x)].name, SPACES[type(x)].device(x)) for x in arrays}) > 1:
         mixed(made, operands)
-    if isinstance(error, ValueError) and len(arrays) > 1:
+    if isinstance(error, ValueError) and arrays:
+        trouble = "operands do not fit together" if len(arrays) > 1 else "cannot take"
         raise ShapeError(
-            f"{made.name}: operands do not fit together ({met}): {error}. {_advice(made)}"
+            f"{made.name}: {trouble} ({met}): {error}. {_advice(made, arrays, error)}"
         ) from error
     if isinstance(error, TypeError) and arrays:
-        raise DTypeError(f"{made.name}: cannot take ({met}): {error}") from error
-    if isinstance(error, ValueError) and arrays:
-        raise ShapeError(f"{made.name}: cannot take ({met}): {error}") from error
+        raise DTypeError(
+            f"{made.name}: cannot take ({met}): {error}. Convert what does not fit with .to(dtype)"
+        ) from error
     error.add_note(f"gpugrad.{made.name}({met})")
     raise error
 
 
-def _advice(made: Primitive) -> str:
+def _advice(made: Primitive, arrays: Sequence[Any], error: Exception) -> str:
+    if isinstance(error, IndexError):  # an axis that is not there is both kinds of error
+        n = len(arrays[0].shape)
+        return f"The axes of {n} dimensions are {-n} to {n - 1}" if n else "A 0-d array has no axes"
+    if made.advice:
+        return made.advice
     if made.elementwise:
         return (
             "Shapes broadcast when, from the last axis backward, sizes are equal or one of them "

@@ -123,6 +123,7 @@ class Primitive:
     view: bool = False
     aux: tuple[str, ...] = ()
     outputs: int | str = 1
+    advice: str = ""
     samples: Sequence[Sample] | Callable[[], Sequence[Sample]] = ()
     reference: Callable[..., Any] | None = None
     function: Callable[..., Any] = field(init=False, repr=False)
@@ -232,16 +233,17 @@ def linear(
     transpose: Callable[..., Any],
     native: str | None = None,
     view: bool = False,
+    advice: str = "",
     samples: Sequence[Sample] | Callable[[], Sequence[Sample]] = (),
     reference: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare a primitive that is linear in its one operand.
 
     ``transpose`` is its vjp rule; its jvp is the forward itself. ``view=True`` says that the result
-    may share the operand's memory.
+    may share the operand's memory. ``advice`` ends the message when shapes do not fit.
     """
     return _declare(rules=(transpose,), native=native, samples=samples, reference=reference,
-                    linear=True, view=view)  # fmt: skip
+                    linear=True, view=view, advice=advice)  # fmt: skip
 
 
 def primitive(
@@ -254,6 +256,7 @@ def primitive(
     view: bool = False,
     aux: Sequence[str] = (),
     outputs: int | str = 1,
+    advice: str = "",
     samples: Sequence[Sample] | Callable[[], Sequence[Sample]] = (),
     reference: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -279,12 +282,14 @@ def primitive(
     outputs:
         Number of results, when the forward returns a tuple of several; ``"many"`` when it depends
         on the call. The joint rule's ``g`` is then a list with a gradient or None for each.
+    advice:
+        What to do about shapes that do not fit: the end of the error message.
     """
     if vjps is not None and vjp is not None:
         raise DeclarationError("give vjps (a rule per operand) or vjp (one joint rule), not both")
     return _declare(rules=vjps, joint=vjp, jvps=jvps, native=native, samples=samples,
                     reference=reference, broadcasts=broadcasts, view=view, aux=tuple(aux),
-                    outputs=outputs)  # fmt: skip
+                    outputs=outputs, advice=advice)  # fmt: skip
 
 
 def _declare(

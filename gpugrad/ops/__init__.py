@@ -2,24 +2,9 @@
 
 # Each module lists its public names in __all__; a new operation touches its own file only.
 # ruff: noqa: F403
+import types
 import typing
 
-from gpugrad.ops import (
-    activations,
-    arithmetic,
-    comparison,
-    contraction,
-    creation,
-    dtypes,
-    exponential,
-    indexing,
-    joining,
-    linalg,
-    losses,
-    manipulation,
-    reductions,
-    trigonometric,
-)
 from gpugrad.ops.activations import *
 from gpugrad.ops.arithmetic import *
 from gpugrad.ops.comparison import *
@@ -36,28 +21,13 @@ from gpugrad.ops.methods import attach
 from gpugrad.ops.reductions import *
 from gpugrad.ops.trigonometric import *
 
-if (
-    not typing.TYPE_CHECKING
-):  # mypy reads no sum of lists; without __all__ it takes every name imported
+# mypy reads no sum of lists; without __all__ it takes every name that is starred.
+if not typing.TYPE_CHECKING:
     __all__ = [
         name
-        for module in (
-            activations,
-            arithmetic,
-            comparison,
-            contraction,
-            creation,
-            dtypes,
-            exponential,
-            indexing,
-            joining,
-            linalg,
-            losses,
-            manipulation,
-            reductions,
-            trigonometric,
-        )
-        for name in module.__all__
+        for file in tuple(globals().values())
+        if isinstance(file, types.ModuleType) and file.__name__.startswith(f"{__name__}.")
+        for name in getattr(file, "__all__", ())
     ]
 
 attach()

@@ -45,6 +45,7 @@ def _concat_vjp(
         sample(normal((2, 3), 0), normal((2,), 1), axis=None, note="flattened first"),
     ],
     reference=lambda *arrays, axis=0: np.concatenate(arrays, axis=axis),
+    advice="Arrays join along an axis when they agree in all others: slice, pad or reshape them",
 )
 def concatenate(m: Backend, *parts: Array, axis: int | None = 0) -> Array:
     """The arrays joined along an axis they have: what :func:`concat` records.

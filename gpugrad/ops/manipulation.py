@@ -61,6 +61,7 @@ def along(axis: int, index: Any) -> tuple[Any, ...]:
         sample(normal(()), (1, 1)),
         sample(normal((2, 2)), -1),
     ],
+    advice="The number of elements must stay; -1 for one axis stands for what is left",
 )
 def reshape(m: Backend, x: Array, /, shape: Axes) -> Array:
     """The same elements, in C order, under another shape.

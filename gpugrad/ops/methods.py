@@ -14,8 +14,6 @@ from gpugrad.ops.indexing import subscript
 from gpugrad.ops.manipulation import copy, matrix_transpose, permute_dims
 from gpugrad.ops.manipulation import reshape as reshape_to
 
-__all__ = ["attach"]
-
 #: Operator → operation. Those of the second kind come with a reflected twin: 2 - x.
 _UNARY = {"neg": "negative", "pos": "positive", "abs": "abs", "invert": "bitwise_invert"}
 _BINARY = {

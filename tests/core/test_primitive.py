@@ -150,7 +150,13 @@ def test_a_rule_of_a_wrong_shape_is_an_error_and_no_wrong_gradient() -> None:
 def test_errors_name_operation_shapes_and_fix() -> None:
     with pytest.raises(ShapeError, match=r"add: .*a: float64\[2\], b: float64\[3\].*broadcast"):
         gg.tensor([1.0, 2.0]) + gg.tensor([1.0, 2.0, 3.0])
-    with pytest.raises(DTypeError, match=r"bitwise_and.*float64"):
+    with pytest.raises(ShapeError, match=r"concatenate.*\[2, 3\].*agree in all others"):
+        gg.concat([gg.ones((2, 2)), gg.ones((2, 3))], axis=0)
+    with pytest.raises(ShapeError, match=r"reshape.*\[4\].*elements must stay"):
+        gg.reshape(gg.ones(4), (3,))
+    with pytest.raises(ShapeError, match=r"sum.*\[2, 3\].*are -2 to 1"):
+        gg.sum(gg.ones((2, 3)), axis=2)
+    with pytest.raises(DTypeError, match=r"bitwise_and.*float64.*\.to\(dtype\)"):
         gg.tensor([1.0]) & gg.tensor([1.0])
     with pytest.raises(DTypeError):
         gg.tensor([1.0]) * "two"
