@@ -43,5 +43,9 @@ class DeclarationError(GpugradError, TypeError):
     """A primitive whose declaration does not hold together."""
 
 
+class KernelError(GpugradError, RuntimeError):
+    """A compiled kernel that cannot be made, loaded or used where it was required."""
+
+
 class GradientCheckError(GpugradError, AssertionError):
     """A derivative that disagrees with finite differences."""

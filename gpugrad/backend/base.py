@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 
+from gpugrad.backend.kernels import Slot
 from gpugrad.backend.special import erf
 from gpugrad.errors import DTypeError
 
@@ -59,6 +61,9 @@ class Backend:
     #: function (``m.softmax``).
     extras: ClassVar[dict[str, Callable[..., Any]]] = {}
 
+    #: Where the operations that this library has fused kernels for find them.
+    slots: Mapping[str, Slot] = MappingProxyType({})
+
     #: False where an array cannot be changed after it was made (JAX).
     mutable = True
 
@@ -78,12 +83,23 @@ class Backend:
             if name not in self.extras:
                 raise
             value = partial(self._extra, name)
+        if name in self.slots:
+            value = self.fused(name, value)
         self.__dict__[name] = value  # the next look-up is an ordinary attribute
         return value
 
     def _extra(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call the forward of a primitive; looked up each time, for it may be declared again."""
         return self.extras[name](self, *args, **kwargs)
+
+    def fused(self, name: str, generic: Callable[..., Any]) -> Callable[..., Any]:
+        """``generic``, a function of raw arrays, or in its place a kernel from the slot ``name``."""
+        slot = self.slots[name]
+
+        def without_space(m: Backend, *args: Any, **kwargs: Any) -> Any:
+            return generic(*args, **kwargs)
+
+        return lambda *args, **kwargs: slot.run(without_space, self, args, kwargs)
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"

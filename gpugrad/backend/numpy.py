@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from gpugrad.backend.base import Array, Backend, DeviceInfo, is_basic
+from gpugrad.backend.kernels import Slot
 
 #: Elements of a temporary array that stays in the processor's cache.
 _BLOCK = 8192
@@ -19,6 +22,12 @@ class NumpyBackend(Backend):
 
     def __init__(self) -> None:
         super().__init__("numpy", np, "cpu", (np.ndarray, np.generic))
+
+    @cached_property
+    def slots(self) -> Mapping[str, Slot]:  # type: ignore[override]
+        from gpugrad.kernels.cpu import SLOTS  # a table; nothing is compiled before it is needed
+
+        return SLOTS
 
     def find_dtype(self, dtype: Any) -> np.dtype[Any]:
         found: np.dtype[Any] = np.dtype(dtype)

@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any, NoReturn
 
 from gpugrad.backend import SPACES, Backend, backend_for_device, bind, is_array, on_register
+from gpugrad.backend.kernels import Choice, fusible, note
 from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, GenericNode, Node, Pick, fit, next_seq
 from gpugrad.core.modes import gate, is_grad_enabled, records
 from gpugrad.core.primitive import FACETS, PASS, Primitive, registry
@@ -157,17 +158,40 @@ def implement(made: Primitive, kind: type) -> Callable[..., Any]:
     if made.native is not None:
         found = getattr(space, made.native)
     else:
-        found = space.bind(partial(made.forward, space))
+        found = partial(made.forward, space)
+        if made.name in space.slots:
+            found = space.fused(made.name, found)
+        found = space.bind(found)
+    if watching:
+        found = watched(made, found, space)
     made.implementations[kind] = found
     return found  # type: ignore[no-any-return]
 
 
-def _forget() -> None:
+#: Not empty while :func:`explain` runs in some thread.
+watching: list[None] = []
+
+
+def watched(made: Primitive, found: Callable[..., Any], space: Backend) -> Callable[..., Any]:
+    """``found``, telling :func:`explain` that it ran, where no slot tells."""
+    if made.name in space.slots or (made.native or "") in space.slots:
+        return found
+    choice = Choice(made.name, "generic", f"{space.name} has no kernel for it")
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        note(choice)
+        return found(*args, **kwargs)
+
+    return told
+
+
+def forget() -> None:
+    """Look every implementation up again."""
     for made in registry.values():
         made.implementations.clear()
 
 
-on_register(_forget)
+on_register(forget)
 
 # -- node classes ---------------------------------------------------------------------------------
 
@@ -542,7 +566,7 @@ def build(made: Primitive) -> None:
     """Give a primitive its public function; the text is compiled at the first call."""
     made.implementations = {}
     if made.native is None and not made.aux:
-        Backend.extras[made.name] = made.forward
+        Backend.extras[made.name] = fusible(made.forward, made.name)
     scope: dict[str, Any] = {
         "Tensor": Tensor, "SCALARS": SCALARS, "SPACES": SPACES, "lift": lift, "lift_all": lift_all,
         "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,

@@ -37,7 +37,7 @@ from gpugrad.errors import DeclarationError
 
 #: The differentiable operations under their own names: the ``m`` of a rule whose result is
 #: recorded. Declaring a primitive puts it here; :func:`composite` adds functions made of them.
-differentiable = SimpleNamespace()
+differentiable = SimpleNamespace(slots={})
 
 
 def PASS(g: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from gpugrad.backend import Backend, register_backend
+from gpugrad.backend.kernels import Kernel, fusible, kernel_mode, use_kernels
 from gpugrad.core.checks import check_grads
 from gpugrad.core.conversion import asarray, from_dlpack, tensor
+from gpugrad.core.explain import Explanation, explain
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from gpugrad.core.primitive import Sample, composite, elementwise, linear, primitive, sample
 from gpugrad.core.tensor import Tensor
@@ -13,7 +15,9 @@ from gpugrad.core.view import Graph, graph
 
 __all__ = [
     "Backend",
+    "Explanation",
     "Graph",
+    "Kernel",
     "Sample",
     "Tensor",
     "asarray",
@@ -21,7 +25,9 @@ __all__ = [
     "composite",
     "elementwise",
     "enable_grad",
+    "explain",
     "from_dlpack",
+    "fusible",
     "grad",
     "graph",
     "hessian",
@@ -30,6 +36,7 @@ __all__ = [
     "is_grad_enabled",
     "jacobian",
     "jvp",
+    "kernel_mode",
     "linear",
     "no_grad",
     "primitive",
@@ -37,6 +44,7 @@ __all__ = [
     "sample",
     "set_grad_enabled",
     "tensor",
+    "use_kernels",
     "value_and_grad",
     "vjp",
 ]

@@ -12,6 +12,7 @@ from gpugrad.ops.contraction import *
 from gpugrad.ops.creation import *
 from gpugrad.ops.dtypes import *
 from gpugrad.ops.exponential import *
+from gpugrad.ops.fused import *
 from gpugrad.ops.indexing import *
 from gpugrad.ops.joining import *
 from gpugrad.ops.linalg import *

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, elementwise, primitive, sample
 from gpugrad.core.tensor import Tensor
@@ -45,7 +46,7 @@ def _bent(*kinks: float) -> Any:
 
 
 @elementwise(
-    partials=(formulas.relu_partial,),
+    partials=(fusible(formulas.relu_partial),),
     samples=_bent(0.0),
     reference=lambda x: np.where(x > 0, x, 0.0),
 )
@@ -60,7 +61,7 @@ def relu(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.relu6_partial,),
+    partials=(fusible(formulas.relu6_partial),),
     samples=_bent(0.0, 6.0),
     reference=lambda x: np.clip(x, 0.0, 6.0),
 )
@@ -75,7 +76,7 @@ def relu6(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.relu_squared_partial,),
+    partials=(fusible(formulas.relu_squared_partial),),
     samples=_bent(0.0),
     reference=lambda x: np.where(x > 0, x, 0.0) ** 2,
 )
@@ -90,7 +91,7 @@ def relu_squared(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.leaky_relu_partial,),
+    partials=(fusible(formulas.leaky_relu_partial),),
     samples=lambda: [*_bent(0.0)(), sample(distinct(4), negative_slope=0.3)],
     reference=lambda x, negative_slope=0.01: np.where(x > 0, x, negative_slope * x),
 )
@@ -105,7 +106,7 @@ def leaky_relu(m: Backend, x: Array, /, negative_slope: float = 0.01) -> Array:
 
 
 @elementwise(
-    partials=(formulas.threshold_partial,),
+    partials=(fusible(formulas.threshold_partial),),
     samples=lambda: [
         sample(distinct((2, 3)), 0.5, -2.0),
         sample(np.array([0.0, 0.5, 1.0]), 0.5, -2.0, smooth=False, note="step"),
@@ -123,7 +124,7 @@ def threshold(m: Backend, x: Array, /, threshold: float, value: float) -> Array:
 
 
 @elementwise(
-    partials=(formulas.hardtanh_partial,),
+    partials=(fusible(formulas.hardtanh_partial),),
     samples=lambda: [*_bent(-1.0, 1.0)(), sample(distinct(4), min_val=-0.5, max_val=0.3)],
     reference=lambda x, min_val=-1.0, max_val=1.0: np.clip(x, min_val, max_val),
 )
@@ -138,7 +139,7 @@ def hardtanh(m: Backend, x: Array, /, min_val: float = -1.0, max_val: float = 1.
 
 
 @elementwise(
-    partials=(formulas.hardsigmoid_partial,),
+    partials=(fusible(formulas.hardsigmoid_partial),),
     samples=_bent(-3.0, 3.0),
     reference=lambda x: np.clip(x / 6.0 + 0.5, 0.0, 1.0),
 )
@@ -153,7 +154,7 @@ def hardsigmoid(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.hardswish_partial,),
+    partials=(fusible(formulas.hardswish_partial),),
     samples=_bent(-3.0, 3.0),
     reference=lambda x: x * np.clip(x / 6.0 + 0.5, 0.0, 1.0),
 )
@@ -175,7 +176,7 @@ def _elu(x: Any, alpha: float = 1.0) -> Any:
 
 
 @elementwise(
-    partials=(formulas.elu_partial,),
+    partials=(fusible(formulas.elu_partial),),
     samples=lambda: [*_bent(0.0)(), sample(distinct(4), alpha=0.7)],
     reference=_elu,
 )
@@ -192,7 +193,7 @@ def elu(m: Backend, x: Array, /, alpha: float = 1.0) -> Array:
 
 
 @elementwise(
-    partials=(formulas.selu_partial,),
+    partials=(fusible(formulas.selu_partial),),
     samples=_bent(0.0),
     reference=lambda x: 1.0507009873554805 * _elu(x, 1.6732632423543772),
 )
@@ -207,7 +208,7 @@ def selu(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.celu_partial,),
+    partials=(fusible(formulas.celu_partial),),
     samples=lambda: [*_bent(0.0)(), sample(distinct(4), alpha=0.7)],
     reference=lambda x, alpha=1.0: alpha * _elu(x / alpha),
 )
@@ -233,7 +234,7 @@ def _sigmoid(x: Any) -> Any:
 
 
 @elementwise(
-    partials=(formulas.sigmoid_partial,),
+    partials=(fusible(formulas.sigmoid_partial),),
     samples=_smooth,
     reference=_sigmoid,
 )
@@ -250,7 +251,7 @@ def sigmoid(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.logsigmoid_partial,),
+    partials=(fusible(formulas.logsigmoid_partial),),
     samples=_smooth,
     reference=lambda x: -np.logaddexp(0.0, -x),
 )
@@ -265,7 +266,7 @@ def logsigmoid(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.softplus_partial,),
+    partials=(fusible(formulas.softplus_partial),),
     samples=lambda: [*_smooth(), sample(normal(4), beta=2.0, threshold=1.0)],
     reference=lambda x, beta=1.0, threshold=20.0: np.where(
         beta * x > threshold, x, np.logaddexp(0.0, beta * x) / beta
@@ -284,7 +285,7 @@ def softplus(m: Backend, x: Array, /, beta: float = 1.0, threshold: float = 20.0
 
 
 @elementwise(
-    partials=(formulas.silu_partial,),
+    partials=(fusible(formulas.silu_partial),),
     samples=_smooth,
     reference=lambda x: x * _sigmoid(x),
 )
@@ -299,7 +300,7 @@ def silu(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.mish_partial,),
+    partials=(fusible(formulas.mish_partial),),
     samples=_smooth,
     reference=lambda x: x * np.tanh(np.logaddexp(0.0, x)),
 )
@@ -334,13 +335,14 @@ def _gelu(x: Any, approximate: str = "none") -> Any:
     return 0.5 * x * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def _gelu_partial(g: Any, m: Any, x: Any, approximate: str) -> Any:
+@fusible
+def gelu_partial(m: Any, g: Any, x: Any, approximate: str) -> Any:
     formula = formulas.gelu_partial if approximate == "none" else formulas.gelu_tanh_partial
     return formula(m, g, x)
 
 
 @elementwise(
-    partials=(_gelu_partial,),
+    partials=(gelu_partial,),
     samples=lambda: [*_smooth(), *(sample(*s.args, smooth=s.smooth, approximate="tanh")
                                    for s in _smooth())],
     reference=_gelu,
@@ -361,7 +363,7 @@ def gelu(m: Backend, x: Array, /, approximate: str = "none") -> Array:
 
 
 @elementwise(
-    partials=(formulas.softsign_partial,),
+    partials=(fusible(formulas.softsign_partial),),
     samples=_bent(0.0),
     reference=lambda x: x / (1.0 + np.abs(x)),
 )
@@ -376,7 +378,7 @@ def softsign(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.tanhshrink_partial,),
+    partials=(fusible(formulas.tanhshrink_partial),),
     samples=_smooth,
     reference=lambda x: x - np.tanh(x),
 )
@@ -391,7 +393,7 @@ def tanhshrink(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.shrink_partial,),
+    partials=(fusible(formulas.shrink_partial),),
     samples=lambda: [*_bent(-0.5, 0.5)(), sample(distinct(4), lambd=0.25)],
     reference=lambda x, lambd=0.5: np.sign(x) * np.maximum(np.abs(x) - lambd, 0.0),
 )
@@ -407,7 +409,7 @@ def softshrink(m: Backend, x: Array, /, lambd: float = 0.5) -> Array:
 
 
 @elementwise(
-    partials=(formulas.shrink_partial,),
+    partials=(fusible(formulas.shrink_partial),),
     samples=lambda: [*_bent(-0.5, 0.5)(), sample(distinct(4), lambd=0.25)],
     reference=lambda x, lambd=0.5: np.where(np.abs(x) > lambd, x, 0.0),
 )
@@ -439,7 +441,7 @@ def _gates() -> Any:
 
 
 @elementwise(
-    partials=(formulas.swiglu_gate_partial, formulas.swiglu_value_partial),
+    partials=(fusible(formulas.swiglu_gate_partial), fusible(formulas.swiglu_value_partial)),
     samples=_gates,
     reference=lambda gate, value: gate * _sigmoid(gate) * value,
 )
@@ -453,18 +455,20 @@ def swiglu(m: Backend, gate: Array, value: Array, /) -> Array:
     return formulas.swiglu(m, gate, value)
 
 
-def _geglu_gate(g: Any, m: Any, gate: Any, value: Any, approximate: str) -> Any:
+@fusible
+def geglu_gate_partial(m: Any, g: Any, gate: Any, value: Any, approximate: str) -> Any:
     exact, tanh = formulas.geglu_gate_partial, formulas.geglu_tanh_gate_partial
     return (exact if approximate == "none" else tanh)(m, g, gate, value)
 
 
-def _geglu_value(g: Any, m: Any, gate: Any, approximate: str) -> Any:
+@fusible
+def geglu_value_partial(m: Any, g: Any, gate: Any, approximate: str) -> Any:
     exact, tanh = formulas.geglu_value_partial, formulas.geglu_tanh_value_partial
     return (exact if approximate == "none" else tanh)(m, g, gate)
 
 
 @elementwise(
-    partials=(_geglu_gate, _geglu_value),
+    partials=(geglu_gate_partial, geglu_value_partial),
     samples=lambda: [*_gates(), sample(normal(4), normal(4, 1), approximate="tanh")],
     reference=lambda gate, value, approximate="none": _gelu(gate, approximate) * value,
 )

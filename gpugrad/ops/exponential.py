@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.primitive import elementwise, sample
 from gpugrad.ops import formulas
 from gpugrad.ops.samples import normal, positive
@@ -128,7 +129,7 @@ def logaddexp(m: Backend, a: Array, b: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.erf_partial,),
+    partials=(fusible(formulas.erf_partial),),
     native="erf",
     samples=lambda: [
         sample(normal((2, 3))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.primitive import elementwise, sample
 from gpugrad.ops import formulas
 from gpugrad.ops.samples import normal, uniform
@@ -165,7 +166,7 @@ def cosh(m: Backend, x: Array, /) -> Array:
 
 
 @elementwise(
-    partials=(formulas.tanh_partial,),
+    partials=(fusible(formulas.tanh_partial),),
     native="tanh",
     samples=lambda: [sample(normal((2, 3)))],
 )

@@ -1,0 +1,325 @@
+"""How kernel bodies become machine code on the CPU, and where that is kept on disk.
+
+Loops are split in two, because a compiler turns a loop into vector instructions only where it sees
+through it: a *serial* function runs over one-dimensional slices and is compiled on its own; a
+*parallel* function hands blocks of the work to it from several threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+from numba.extending import intrinsic
+
+from gpugrad.errors import KernelError
+from gpugrad.kernels import template
+from gpugrad.kernels.template import Template, arithmetic
+
+__all__ = ["CPU", "parallel", "serial", "storage_view"]
+
+#: Vector instructions need leave to add up in another order; NaN and infinity keep their meaning.
+LOOP = {"contract", "reassoc", "nsz"}
+
+#: Scalar functions compensate their rounding errors: nothing may be reordered in them.
+SCALAR = {"contract"}
+
+
+class _Cpu:
+    """The target `cpu`: Numba's compiler, a dispatcher for every instance."""
+
+    name = "cpu"
+
+    def placeholder(self, name: str, storage: str) -> Any:
+        width = arithmetic(storage)
+        if name == "T":
+            return getattr(np, width)
+        if name == "I":
+            return np.int64 if width == "float64" else np.int32
+        if name in ("read", "write"):
+            return _ACCESS[name, storage]
+        if name in ("to_bits", "from_bits"):
+            return _BITS[name, width]
+        return _PLAIN[name]
+
+    def compile(self, function: Callable[..., Any], role: str, storage: str) -> Any:
+        if storage == "float16" and "f16c" not in _host_features():
+            raise KernelError(
+                f"{function.__name__}: this processor cannot convert float16 (no F16C); "
+                "compute in float32"
+            )
+        options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
+        if role == "device":
+            # LLVM's own judgement stops at some size, and a loop with a call in it is scalar.
+            return njit(fastmath=SCALAR, forceinline=True, **options)(function)
+        if role == "serial":
+            # In a caller's loop it would be compiled as a part of that, and no longer vectorised.
+            options["inline"] = "never"
+        elif role == "parallel":
+            options["parallel"] = True
+        else:
+            raise KernelError(f"{function.__name__}: the CPU has no kernels of role {role!r}")
+        made = njit(fastmath=LOOP, **options)(function)
+        made._cache = _Cache(function)
+        return made
+
+
+CPU = _Cpu()
+
+
+class CpuTemplate(Template):
+    """A body for the CPU: `body["float32"]` is its dispatcher for arrays of that storage."""
+
+    def __getitem__(self, storage: str) -> Any:
+        return self.instance(CPU, storage)
+
+    def bind(self, **templates: Template) -> CpuTemplate:
+        return super().bind(**templates)  # type: ignore[return-value]
+
+
+def serial(function: Callable[..., Any]) -> CpuTemplate:
+    """A loop over one-dimensional arrays that is compiled to vector instructions."""
+    return CpuTemplate(function, "serial")
+
+
+def parallel(function: Callable[..., Any]) -> CpuTemplate:
+    """A loop over blocks of the work, `for block in prange(…)`, that calls serial functions."""
+    return CpuTemplate(function, "parallel")
+
+
+def storage_view(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`x` as kernels read it: two-byte floats as their bits, the rest as it is."""
+    return x.view(np.uint16) if x.dtype.itemsize == 2 else x
+
+
+@cache
+def _host_features() -> frozenset[str]:
+    found = llvmlite.binding.get_host_cpu_features()
+    features = {name for name, there in found.items() if there}
+    machine = llvmlite.binding.get_process_triple().partition("-")[0]
+    # Every 64-bit Arm converts half precision.
+    return frozenset(features | {"f16c"} if machine in ("aarch64", "arm64") else features)
+
+
+# -- placeholders ---------------------------------------------------------------------------------
+
+_device = njit(fastmath=SCALAR, forceinline=True, error_model="numpy", nogil=True)
+
+
+@_device
+def _where(c: Any, a: Any, b: Any) -> Any:
+    return a if c else b
+
+
+@_device
+def _maximum(a: Any, b: Any) -> Any:
+    return a if (a >= b) | (a != a) else b
+
+
+@_device
+def _minimum(a: Any, b: Any) -> Any:
+    return a if (a <= b) | (a != a) else b
+
+
+_PLAIN = {
+    "sqrt": np.sqrt, "floor": np.floor, "absolute": abs,
+    "where": _where, "maximum": _maximum, "minimum": _minimum,
+}  # fmt: skip
+
+_FLOATS = {types.float32: types.int32, types.float64: types.int64}
+
+
+def _reinterpret(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+
+@intrinsic  # type: ignore[misc]
+def _to_int32(typing: Any, x: Any) -> Any:
+    return types.int32(types.float32), _reinterpret
+
+
+@intrinsic  # type: ignore[misc]
+def _to_int64(typing: Any, x: Any) -> Any:
+    return types.int64(types.float64), _reinterpret
+
+
+@intrinsic  # type: ignore[misc]
+def _to_float32(typing: Any, x: Any) -> Any:
+    return types.float32(types.int32), _reinterpret
+
+
+@intrinsic  # type: ignore[misc]
+def _to_float64(typing: Any, x: Any) -> Any:
+    return types.float64(types.int64), _reinterpret
+
+
+_BITS = {
+    ("to_bits", "float32"): _to_int32, ("from_bits", "float32"): _to_float32,
+    ("to_bits", "float64"): _to_int64, ("from_bits", "float64"): _to_float64,
+}  # fmt: skip
+
+
+@intrinsic  # type: ignore[misc]
+def _widen_half(typing: Any, x: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), code
+
+
+@intrinsic  # type: ignore[misc]
+def _narrow_half(typing: Any, x: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), code
+
+
+@_device
+def _read(a: Any, i: Any) -> Any:
+    return a[i]
+
+
+@_device
+def _write(a: Any, i: Any, x: Any) -> None:
+    a[i] = x
+
+
+@_device
+def _read_half(a: Any, i: Any) -> Any:
+    return _widen_half(a[i])
+
+
+@_device
+def _write_half(a: Any, i: Any, x: Any) -> None:
+    a[i] = _narrow_half(x)
+
+
+@_device
+def _read_bfloat(a: Any, i: Any) -> Any:
+    return _to_float32(np.int32(np.int32(a[i]) << np.int32(16)))
+
+
+@_device
+def _write_bfloat(a: Any, i: Any, x: Any) -> None:
+    bits = _to_int32(x)
+    # To nearest, ties to even; a NaN is made quiet, lest rounding carry it into infinity.
+    odd = (bits >> np.int32(16)) & np.int32(1)
+    near = (bits + np.int32(0x7FFF) + odd) >> np.int32(16)
+    a[i] = np.uint16(near if x == x else (bits >> np.int32(16)) | np.int32(0x40))
+
+
+_ACCESS = {
+    ("read", "float32"): _read, ("write", "float32"): _write,
+    ("read", "float64"): _read, ("write", "float64"): _write,
+    ("read", "float16"): _read_half, ("write", "float16"): _write_half,
+    ("read", "bfloat16"): _read_bfloat, ("write", "bfloat16"): _write_bfloat,
+}  # fmt: skip
+
+# -- the cache on disk ----------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `GPUGRAD_CACHE_DIR`, or `gpugrad` in the user's cache."""
+    own = os.environ.get("GPUGRAD_CACHE_DIR")
+    if own:
+        return Path(own)
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gpugrad"
+
+
+@cache
+def _stamp() -> str:
+    """A digest of every text that a compiled kernel may hold a piece of."""
+    from gpugrad.ops import formulas
+
+    digest = hashlib.sha256(f"{np.__version__} {numba.__version__}".encode())
+    texts = sorted(Path(__file__).parents[1].rglob("*.py"))
+    for path in (*texts, Path(formulas.__file__).with_name("updates.py"), Path(formulas.__file__)):
+        if path.exists():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class _Locator(_CacheLocator):
+    """One folder for each state of the sources: nothing in it is ever out of date."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def get_cache_path(self) -> str:
+        return str(cache_folder() / "cpu" / _stamp())
+
+    def get_source_stamp(self) -> str:
+        return _stamp()
+
+    def get_disambiguator(self) -> str:
+        digest = hashlib.sha256()
+        _describe(self._function, digest)
+        return digest.hexdigest()[:16]
+
+    @classmethod
+    def from_function(cls, function: Callable[..., Any], path: str) -> _Locator:
+        return cls(function)
+
+
+def _describe(function: Callable[..., Any], digest: Any) -> None:
+    """Feed a digest with a body and all that it calls: a generated one has no file of its own."""
+    code = function.__code__
+    digest.update(f"{function.__name__} {code.co_consts} {code.co_names}".encode() + code.co_code)
+    for name in code.co_names:
+        inner = getattr(function.__globals__.get(name), "py_func", None)
+        if inner is not None:
+            _describe(inner, digest)
+
+
+class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_Locator]
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache in a folder of ours, safe for processes that write at the same time."""
+
+    _impl_class = _Impl
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        # A cache that cannot be written (a read-only home) costs time, not the result.
+        try:
+            with _alone(Path(self._cache_path)):
+                super().save_overload(sig, data)
+        except OSError:
+            self.disable()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: two processes must not give one name to two results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows: files there cannot be replaced while they are open
+        yield
+        return
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def numpy_storage(dtype: np.dtype[Any]) -> str:
+    """The name of the storage that an array's dtype is; "" for one that kernels do not take."""
+    name = dtype.name
+    return name if name in template.STORAGE and dtype.isnative else ""

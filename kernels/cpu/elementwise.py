@@ -1,0 +1,209 @@
+"""Element-wise maps: every activation, and every derivative of one, in a single pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from gpugrad.backend import Backend
+from gpugrad.backend.kernels import Kernel
+from gpugrad.kernels.cpu import APPROXIMATE, PLAIN
+from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
+from gpugrad.kernels.template import Placeholder, Template, read, write
+from gpugrad.kernels.trace import scalar_function
+from gpugrad.ops import formulas
+
+LABEL = "numba cpu"
+
+#: Elements that one thread works on at a time: in and out, they stay in its cache.
+BLOCK = 8192
+
+#: Arguments of a formula that are arrays; the others are numbers.
+PLAIN_X = ("g", "x", "y")
+GATES = ("g", "gate", "value")
+
+Array = np.ndarray[Any, Any]
+
+f: Any = Placeholder("f")
+span: Any = Placeholder("span")
+
+
+@serial
+def _map1(a: Array, out: Array, p: Any, q: Any) -> None:
+    for i in range(out.size):
+        write(out, i, f(read(a, i), p, q))
+
+
+@serial
+def _map2(a: Array, b: Array, out: Array, p: Any, q: Any) -> None:
+    for i in range(out.size):
+        write(out, i, f(read(a, i), read(b, i), p, q))
+
+
+@serial
+def _map3(a: Array, b: Array, c: Array, out: Array, p: Any, q: Any) -> None:
+    for i in range(out.size):
+        write(out, i, f(read(a, i), read(b, i), read(c, i), p, q))
+
+
+@parallel
+def _blocks1(a: Array, out: Array, p: Any, q: Any) -> None:
+    for block in prange((out.size + BLOCK - 1) // BLOCK):
+        i = block * BLOCK
+        j = min(i + BLOCK, out.size)
+        span(a[i:j], out[i:j], p, q)
+
+
+@parallel
+def _blocks2(a: Array, b: Array, out: Array, p: Any, q: Any) -> None:
+    for block in prange((out.size + BLOCK - 1) // BLOCK):
+        i = block * BLOCK
+        j = min(i + BLOCK, out.size)
+        span(a[i:j], b[i:j], out[i:j], p, q)
+
+
+@parallel
+def _blocks3(a: Array, b: Array, c: Array, out: Array, p: Any, q: Any) -> None:
+    for block in prange((out.size + BLOCK - 1) // BLOCK):
+        i = block * BLOCK
+        j = min(i + BLOCK, out.size)
+        span(a[i:j], b[i:j], c[i:j], out[i:j], p, q)
+
+
+_LOOPS = {1: (_map1, _blocks1), 2: (_map2, _blocks2), 3: (_map3, _blocks3)}
+
+
+class Formula:
+    """A formula of `ops/formulas.py` as a scalar template of a fixed signature.
+
+    Attributes
+    ----------
+    operands, numbers:
+        Its arguments after `m`: arrays, and numbers with their default values.
+    scalar:
+        A template of `(operands…, p, q)`: at most two numbers, by position.
+    plain:
+        A template of `(operands…)`, the numbers being the default ones.
+    """
+
+    def __init__(self, formula: Callable[..., Any], name: str) -> None:
+        parameters = dict(inspect.signature(formula).parameters)
+        del parameters["m"]
+        self.name = name
+        self.operands = [p for p in parameters if p in (GATES if "gate" in parameters else PLAIN_X)]
+        self.numbers = {
+            p: 0.0 if parameters[p].default is inspect.Parameter.empty else parameters[p].default
+            for p in parameters
+            if p not in self.operands
+        }
+        spare = [f"unused{i}" for i in range(2 - len(self.numbers))]
+        arguments = [*self.operands, *self.numbers, *spare]
+        self.scalar: Template = scalar_function(formula, f"{name}_of", arguments=arguments)
+        self.plain: Template = scalar_function(formula, f"{name}_plain", fixed=self.numbers)
+
+    def values(self, parameters: dict[str, Any], positional: tuple[Any, ...]) -> list[float]:
+        """The two numbers of a call."""
+        given = {**self.numbers, **dict(zip(self.numbers, positional)), **parameters}
+        return [*(float(given[name]) for name in self.numbers), 0.0, 0.0][:2]
+
+
+@cache
+def formula(name: str) -> Formula:
+    """The compiled side of a formula, by its name; of a plain function such as `exp`, too."""
+    own = getattr(formulas, name, None)
+    if own is None:
+
+        def own(m: Any, x: Any) -> Any:
+            return getattr(m, name)(x)
+
+    return Formula(own, name)
+
+
+def refuse_arrays(*arrays: Any) -> str | None:
+    """Why a loop over all of these arrays at once is not possible."""
+    first = arrays[0]
+    for x in arrays:
+        if not isinstance(x, np.ndarray):
+            return f"a {type(x).__name__} among the operands; kernels take arrays"
+        if not numpy_storage(x.dtype):
+            return f"no kernel for {x.dtype}"
+        if x.dtype != first.dtype:
+            return f"operands of {first.dtype} and {x.dtype}"
+        if x.shape != first.shape:
+            return f"shapes {first.shape} and {x.shape} broadcast"
+    return None
+
+
+def flat(x: Array) -> Array:
+    """The elements of `x` in a row as kernels read them; a copy if they do not lie in a row."""
+    return storage_view(np.ascontiguousarray(x).reshape(-1))
+
+
+def launch(made: Formula, arrays: tuple[Array, ...], numbers: list[float]) -> Array:
+    """Run a formula over arrays of one shape and dtype."""
+    first = arrays[0]
+    out = np.empty(first.shape, first.dtype)
+    storage = numpy_storage(first.dtype)
+    kind = np.float64 if storage == "float64" else np.float32
+    one, blocks = _loops(made.name, len(arrays))
+    run = (one if first.size <= 2 * BLOCK else blocks)[storage]
+    run(*(flat(x) for x in arrays), flat(out), kind(numbers[0]), kind(numbers[1]))
+    return out
+
+
+@cache
+def _loops(name: str, count: int) -> tuple[CpuTemplate, CpuTemplate]:
+    one, blocks = _LOOPS[count]
+    loop = one.bind(f=formula(name).scalar)
+    return loop, blocks.bind(span=loop)
+
+
+def map_kernel(name: str) -> Kernel:
+    """The kernel of one formula."""
+
+    def run(m: Backend, *args: Any, **parameters: Any) -> Array:
+        made = formula(name)
+        n = len(made.operands)
+        return launch(made, args[:n], made.values(parameters, args[n:]))
+
+    def refuse(m: Backend, *args: Any, **parameters: Any) -> str | None:
+        return refuse_arrays(*args[: len(formula(name).operands)])
+
+    return Kernel(run, LABEL, refuse)
+
+
+def approximate_kernel(name: str) -> Kernel:
+    """The kernel of an operation whose parameter `approximate` selects one of two formulas."""
+    tanh_name = name.replace("gelu", "gelu_tanh").replace("geglu", "geglu_tanh")
+    kernels = {"none": map_kernel(name), "tanh": map_kernel(tanh_name)}
+
+    def chosen(args: tuple[Any, ...], approximate: str | None) -> tuple[Kernel, tuple[Any, ...]]:
+        # A rule hands its parameters on by position, a forward by name.
+        if isinstance(args[-1], str):
+            *operands, approximate = args
+            args = tuple(operands)
+        return kernels[approximate or "none"], args
+
+    def run(m: Backend, *args: Any, approximate: str | None = None) -> Array:
+        kernel, operands = chosen(args, approximate)
+        out: Array = kernel.run(m, *operands)
+        return out
+
+    def refuse(m: Backend, *args: Any, approximate: str | None = None) -> str | None:
+        if (wanted := next((a for a in args if isinstance(a, str)), approximate)) not in kernels:
+            return f"no formula for approximate={wanted!r}"
+        kernel, operands = chosen(args, approximate)
+        return kernel.refuse(m, *operands)
+
+    return Kernel(run, LABEL, refuse)
+
+
+KERNELS = {
+    **{name: map_kernel(name) for name in PLAIN},
+    **{name: approximate_kernel(name) for name in APPROXIMATE},
+}
