@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gpugrad.backend import scratch
 from gpugrad.backend.base import Array, Backend, DeviceInfo, is_basic
 from gpugrad.backend.kernels import Slot
 
@@ -65,7 +66,9 @@ class NumpyBackend(Backend):
         return x
 
     def is_view(self, x: Array) -> bool:
-        return not (isinstance(x, np.ndarray) and x.flags.owndata and x.flags.writeable)
+        if not isinstance(x, np.ndarray) or not x.flags.writeable:
+            return True
+        return not (x.flags.owndata or scratch.is_whole(x))
 
     def scatter_add(self, g: Array, index: Any, shape: tuple[int, ...]) -> Array:
         if is_basic(index):

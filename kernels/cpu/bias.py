@@ -15,9 +15,10 @@ from numba import prange
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
+from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
 from gpugrad.kernels.cpu.elementwise import BLOCK, LABEL, formula
-from gpugrad.kernels.template import I, Placeholder, T, device, read, to_bits, write
+from gpugrad.kernels.template import Placeholder, T, device, read, to_bits, where, write
 
 Array = np.ndarray[Any, Any]
 
@@ -59,7 +60,7 @@ def _forward(x: Array, bias: Array, y: Array) -> None:
 @serial
 def _backward_row(g: Array, x: Array, bias: Array, gx: Array, total: Array, seen: Array) -> None:
     squares = T(0)
-    bad = I(0)
+    bad = T(0)  # counted as a float: Numba adds int32 in 64 bits
     # An exponent of all ones, which infinity and NaN have and nothing else.
     ones = to_bits(T(np.inf))
     for j in range(g.size):
@@ -67,7 +68,7 @@ def _backward_row(g: Array, x: Array, bias: Array, gx: Array, total: Array, seen
         write(gx, j, d)
         total[j] += d
         squares += d * d
-        bad += I((to_bits(d) & ones) == ones)
+        bad += where((to_bits(d) & ones) == ones, T(1), T(0))
     seen[0] += squares
     seen[1] += bad
 
@@ -98,7 +99,7 @@ def _matrix(x: Array, columns: int) -> Array:
 
 def bias_activation(m: Backend, x: Array, bias: Array, activation: str) -> Array:
     """The forward; `x` of shape (…, C), `bias` of shape (C,)."""
-    y = np.empty(x.shape, x.dtype)
+    y = empty(x.shape, x.dtype)
     columns = bias.size
     kernel = _loops(activation)[0][numpy_storage(x.dtype)]
     if not x.size:
@@ -115,7 +116,7 @@ def bias_activation_backward(
     wide = np.float64 if storage == "float64" else np.float32
     columns = bias.size
     rows = x.size // columns if columns else 0
-    gx = np.empty(x.shape, x.dtype)
+    gx = empty(x.shape, x.dtype)
     chunks = max(1, min(CHUNKS, rows))
     totals = np.zeros((chunks, columns), wide)
     seen = np.zeros((chunks, 2))

@@ -12,6 +12,7 @@ from numba import prange
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
+from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu import APPROXIMATE, PLAIN
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
 from gpugrad.kernels.template import Placeholder, Template, read, write
@@ -147,7 +148,7 @@ def flat(x: Array) -> Array:
 def launch(made: Formula, arrays: tuple[Array, ...], numbers: list[float]) -> Array:
     """Run a formula over arrays of one shape and dtype."""
     first = arrays[0]
-    out = np.empty(first.shape, first.dtype)
+    out = empty(first.shape, first.dtype)
     storage = numpy_storage(first.dtype)
     kind = np.float64 if storage == "float64" else np.float32
     one, blocks = _loops(made.name, len(arrays))
