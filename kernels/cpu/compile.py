@@ -8,12 +8,12 @@ through it: a *serial* function runs over one-dimensional slices and is compiled
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, ClassVar
 
 import llvmlite.binding
 import numba
@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 
 from gpugrad.errors import KernelError
 from gpugrad.kernels import template
+from gpugrad.kernels.disk import cache_folder
 from gpugrad.kernels.template import Template, arithmetic
 
 __all__ = ["CPU", "parallel", "serial", "storage_view"]
@@ -230,33 +231,17 @@ _ACCESS = {
 # -- the cache on disk ----------------------------------------------------------------------------
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `GPUGRAD_CACHE_DIR`, or `gpugrad` in the user's cache."""
-    own = os.environ.get("GPUGRAD_CACHE_DIR")
-    if own:
-        return Path(own)
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gpugrad"
-
-
 @cache
 def _stamp() -> str:
-    """A digest of every text that a compiled kernel may hold a piece of."""
-    from gpugrad.ops import formulas
-
+    """A digest of what takes part in every kernel: the compiler, and this file's functions."""
     digest = hashlib.sha256(f"{np.__version__} {numba.__version__}".encode())
-    texts = sorted(Path(__file__).parents[1].rglob("*.py"))
-    for path in (*texts, Path(formulas.__file__).with_name("updates.py"), Path(formulas.__file__)):
-        if path.exists():
-            digest.update(path.read_bytes())
+    for path in (__file__, template.__file__):
+        digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
 
 
 class _Locator(_CacheLocator):
-    """One folder for each state of the sources: nothing in it is ever out of date."""
+    """A name of its own for each text of a kernel: nothing is ever out of date."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -277,18 +262,39 @@ class _Locator(_CacheLocator):
         return cls(function)
 
 
-def _describe(function: Callable[..., Any], digest: Any) -> None:
-    """Feed a digest with a body and all that it calls: a generated one has no file of its own."""
-    code = function.__code__
-    digest.update(f"{function.__name__} {code.co_consts} {code.co_names}".encode() + code.co_code)
-    for name in code.co_names:
-        inner = getattr(function.__globals__.get(name), "py_func", None)
-        if inner is not None:
+def _describe(function: Any, digest: Any) -> None:
+    """Feed a digest with all that a body is made of: its code, what it calls, its constants.
+
+    A file's age would not do: a body's pieces stand in many files, and some are generated.
+    """
+    digest.update(f"{function.__name__} ".encode())
+    for name in sorted(_describe_code(function.__code__, digest)):
+        value = function.__globals__.get(name)
+        inner = getattr(value, "py_func", None) or getattr(value, "_defn", None)
+        if inner is not None:  # a compiled function, or an intrinsic
             _describe(inner, digest)
+        elif isinstance(value, FunctionType):
+            _describe_code(value.__code__, digest)
+        elif isinstance(value, int | float | np.generic | str | tuple):
+            digest.update(f"{name}={type(value).__name__} {value!r} ".encode())
+        elif isinstance(value, np.ndarray):
+            digest.update(value.tobytes())
+
+
+def _describe_code(code: CodeType, digest: Any) -> set[str]:
+    """Feed a digest with a code object and those within; the names that they mention."""
+    digest.update(code.co_code + repr(code.co_names).encode())
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _describe_code(constant, digest)
+        else:
+            digest.update(f"{constant!r} ".encode())
+    return names
 
 
 class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
-    _locator_classes = [_Locator]
+    _locator_classes: ClassVar[list[type]] = [_Locator]
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]

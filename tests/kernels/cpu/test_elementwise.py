@@ -196,3 +196,23 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path):
         for _ in range(2)
     ]  # fmt: skip
     assert seen == ["0", "1"]
+
+
+def test_a_kernel_on_disk_is_found_by_all_that_it_is_made_of():
+    """Another constant, formula or callee is another kernel; another name of a file is not."""
+    from gpugrad.kernels.cpu.compile import _describe
+    from gpugrad.kernels.trace import text_template
+
+    def digest(text, **bound):
+        import hashlib
+
+        found = hashlib.sha256()
+        loop = elementwise._map1.bind(f=text_template(text, "f"))["float32"]
+        _describe(loop.py_func, found)
+        return found.hexdigest()
+
+    plain = "def f(x, p, q):\n    return x + T(1)"
+    assert digest(plain) == digest(plain)
+    assert digest(plain) != digest(plain.replace("T(1)", "T(2)"))
+    assert digest(plain) != digest(plain.replace("+", "-"))
+    assert digest(plain.replace("x +", "exp(x) +")) != digest(plain.replace("x +", "tanh(x) +"))
