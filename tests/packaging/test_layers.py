@@ -39,6 +39,7 @@ KERNELS_MAY_IMPORT = (
     "gpugrad.backend",
     "gpugrad.core.primitive",
     "gpugrad.ops.formulas",
+    "gpugrad.ops.updates",
 )
 
 # Only these folders know which library runs on a device.
