@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpugrad.backend.base import Array, Backend, DeviceInfo
+from gpugrad.backend.kernels import Kernel, Slot
 from gpugrad.backend.numpy import NumpyBackend
 from gpugrad.errors import DeviceError, DTypeError
 
@@ -22,6 +23,7 @@ __all__ = [
     "describe",
     "is_usable",
     "register_backend",
+    "register_kernel",
 ]
 
 
@@ -115,6 +117,37 @@ def register_backend(backend: Backend) -> Backend:
     for forget in _listeners:
         forget()
     return backend
+
+
+def register_kernel(device: str, operation: str, kernel: Kernel) -> None:
+    """Let an operation run a kernel on the arrays of a device's library.
+
+    Parameters
+    ----------
+    device:
+        A device string: ``"cpu"`` for NumPy, ``"cuda"`` for CuPy.
+    operation:
+        The name of a primitive, or of a function made with :func:`gpugrad.fusible`.
+    kernel:
+        It is asked before the kernels that are there, and may refuse.
+
+    >>> import gpugrad as gg
+    >>> @gg.elementwise(partials=(lambda g: 3.0 * g,))
+    ... def triple(m, x, /):
+    ...     return 3.0 * x
+    >>> gg.register_kernel("cpu", "triple", gg.Kernel(lambda m, x: x + x + x, "by sums"))
+    >>> gg.explain(triple)(gg.tensor(2.0)).choices[0].implementation
+    'by sums'
+    """
+    backend = backend_for_device(device)
+    found = backend.slots.get(operation)
+    if found is None:
+        backend.slots = {**backend.slots, operation: Slot(operation, "", 0, [kernel])}
+    else:
+        found.add(kernel)
+    vars(backend).pop(operation, None)  # a look-up that was kept
+    for forget in _listeners:
+        forget()
 
 
 def bind(function: Callable[..., Any]) -> Callable[..., Any]:

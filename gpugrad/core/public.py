@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpugrad.backend import Backend, register_backend
+from gpugrad.backend import Backend, register_backend, register_kernel
 from gpugrad.backend.kernels import Kernel, fusible, kernel_mode, use_kernels
 from gpugrad.core.checks import check_grads
 from gpugrad.core.conversion import asarray, from_dlpack, tensor
@@ -41,6 +41,7 @@ __all__ = [
     "no_grad",
     "primitive",
     "register_backend",
+    "register_kernel",
     "sample",
     "set_grad_enabled",
     "tensor",
