@@ -1,4 +1,4 @@
-"""Clipping under PyTorch's names and with its results, over `gpugrad.clip`.
+"""Clipping, and parameters as one vector, under PyTorch's names and with its results.
 
 Only `error_if_nonfinite=True` reads a value from the device; everything else stays there.
 """
@@ -6,11 +6,15 @@ Only `error_if_nonfinite=True` reads a value from the device; everything else st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 
+from gpugrad import ops
 from gpugrad.clip import check_bound, clip_by_value_, coefficient, scale_, total_norm
+from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
-from gpugrad.errors import GpugradError
+from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
+from gpugrad.nn.module import write
 
 __all__ = [
     "NonFiniteGradientError",
@@ -18,6 +22,8 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "get_total_norm",
+    "parameters_to_vector",
+    "vector_to_parameters",
 ]
 
 
@@ -33,10 +39,12 @@ def get_total_norm(
 ) -> Tensor:
     """The norm of all tensors taken as one vector, as a 0-d tensor on their device.
 
+    Half precision is added up, and its norm returned, in float32.
+
     Parameters
     ----------
     norm_type:
-        Any positive number, or infinity.
+        Any number from 0.5 on, or infinity.
     error_if_nonfinite:
         Raise NonFiniteGradientError when the norm is NaN or infinite. The host waits for the
         device to find out.
@@ -62,7 +70,18 @@ def clip_grads_with_norm_(
     total_norm: Tensor,
     foreach: bool | None = None,
 ) -> None:
-    """Scale the gradients in place by min(1, max_norm/(total_norm + 1e-6))."""
+    """Scale the gradients in place by min(1, max_norm/(total_norm + 1e-6)).
+
+    Parameters without a gradient are passed over. Raises ParameterError for a bound that is
+    negative or NaN.
+
+    >>> import gpugrad as gg
+    >>> w = gg.tensor([1.0], requires_grad=True)
+    >>> gg.sum(3.0 * w).backward()
+    >>> clip_grads_with_norm_([w], 1.0, gg.tensor(6.0))
+    >>> round(w.grad.item(), 4)
+    0.5
+    """
     scale_(_grads(parameters), coefficient(total_norm, max_norm))
 
 
@@ -89,7 +108,14 @@ def clip_grad_norm_(
     [0.6, 0.8]
     """
     bound = check_bound(max_norm)
-    grads = _grads(parameters)
+    listed = _listed(parameters)
+    if not listed and isinstance(parameters, Iterator):
+        warnings.warn(
+            "clip_grad_norm_: the generator of parameters is exhausted, so nothing is clipped; "
+            "call .parameters() anew, or keep a list",
+            stacklevel=2,
+        )
+    grads = _grads(listed)
     norm = get_total_norm(grads, norm_type, error_if_nonfinite)
     scale_(grads, coefficient(norm, bound))
     return norm
@@ -98,8 +124,75 @@ def clip_grad_norm_(
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
 ) -> None:
-    """Bring every element of the gradients in place into [-clip_value, clip_value]."""
+    """Bring every element of the gradients in place into [-clip_value, clip_value].
+
+    NaN stays NaN. Raises ParameterError for a bound that is negative or NaN.
+
+    >>> import gpugrad as gg
+    >>> w = gg.tensor([3.0, 0.1], requires_grad=True)
+    >>> gg.sum(w * w).backward()
+    >>> clip_grad_value_([w], 1.0)
+    >>> w.grad
+    tensor([1. , 0.2])
+    """
     clip_by_value_(_grads(parameters), clip_value)
+
+
+def parameters_to_vector(parameters: Iterable[Tensor]) -> Tensor:
+    """All elements of all parameters in one row, as a 1-d tensor through which gradients flow.
+
+    Raises ShapeError when there are none, and DeviceError when they are in different places.
+
+    >>> import gpugrad as gg
+    >>> parameters_to_vector([gg.tensor([[1.0, 2.0]]), gg.tensor(3.0)])
+    tensor([1., 2., 3.])
+    """
+    listed = _placed("parameters_to_vector", list(parameters))
+    if not listed:
+        raise ShapeError("parameters_to_vector: there are no parameters; was a generator used up?")
+    vector: Tensor = ops.concat([ops.reshape(p, (-1,)) for p in listed])
+    return vector
+
+
+def vector_to_parameters(vec: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Copy the elements of a vector into parameters, one after the other.
+
+    Their memory stays the same; elements are converted to their dtypes.
+
+    Raises DTypeError when `vec` is no tensor, ShapeError, changing nothing, when it has another
+    number of elements than the parameters, and DeviceError when these are in different places.
+
+    >>> import gpugrad as gg
+    >>> w, b = gg.zeros((1, 2)), gg.zeros(())
+    >>> vector_to_parameters(gg.tensor([1.0, 2.0, 3.0]), [w, b])
+    >>> w, b
+    (tensor([[1., 2.]]), tensor(3.))
+    """
+    if not isinstance(vec, Tensor):
+        raise DTypeError(f"vector_to_parameters: vec is a tensor, not {type(vec).__name__}")
+    listed = _placed("vector_to_parameters", list(parameters))
+    size = sum(p.size for p in listed)
+    if vec.shape != (size,):
+        raise ShapeError(
+            f"vector_to_parameters: a vector of shape {vec.shape} for parameters of {size} "
+            f"elements together; it must have shape ({size},)"
+        )
+    start = 0
+    with no_grad():
+        for p in listed:
+            part = ops.reshape(vec[start : start + p.size], p.shape)
+            write(p, part if part.dtype == p.dtype else ops.astype(part, p.dtype))
+            start += p.size
+
+
+def _placed(name: str, parameters: list[Tensor]) -> list[Tensor]:
+    places = sorted({p.device for p in parameters})
+    if len(places) > 1:
+        raise DeviceError(
+            f"{name}: parameters are on {' and on '.join(places)}; do it for those of each device, "
+            "or move the module to one with .to(device)"
+        )
+    return parameters
 
 
 def _listed(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
