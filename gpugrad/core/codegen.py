@@ -18,9 +18,20 @@ from typing import Any, NoReturn
 
 from gpugrad.backend import SPACES, Backend, backend_for_device, bind, is_array, on_register
 from gpugrad.backend.kernels import Choice, fusible, note
-from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, GenericNode, Node, Pick, fit, next_seq
+from gpugrad.core.graph import (
+    FREED,
+    MANY,
+    PAIR,
+    SINGLE,
+    GenericNode,
+    Node,
+    Pick,
+    destination,
+    fit,
+    next_seq,
+)
 from gpugrad.core.modes import gate, is_grad_enabled, records
-from gpugrad.core.primitive import FACETS, PASS, Primitive, registry
+from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, registry
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
 
@@ -203,7 +214,7 @@ def node_class(made: Primitive, key: int) -> type[Node]:
     """
     scope: dict[str, Any] = {
         "Node": Node, "SINGLE": SINGLE, "PAIR": PAIR, "MANY": MANY, "FREED": FREED, "fit": fit,
-        "made": made, "SPACES": SPACES,
+        "made": made, "SPACES": SPACES, "destination": destination,
     }  # fmt: skip
     assert made.rules is not None
 
@@ -253,6 +264,10 @@ def node_source(made: Primitive, key: int) -> str:
                 values.append("SPACES[g.__class__]")
             elif n in order:
                 values.append(f"self.kw[{order.index(n)}]")
+            elif n.endswith(HOME) and n not in names:
+                operand = made.operands.index(n.removesuffix(HOME))
+                wants = operand in wanted
+                values.append(f"destination(self.p{wanted.index(operand)})" if wants else "None")
             else:
                 values.append(f"self.s_{n}")
         text = f"rule{i}({', '.join(values)})"

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush, heappushpop
 from itertools import count
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from gpugrad.backend import SPACES, Array, Backend, bind, on_register
-from gpugrad.core.primitive import FACETS, Primitive, Rule, differentiable
+from gpugrad.core.primitive import FACETS, HOME, Primitive, Rule, differentiable
 from gpugrad.errors import DeclarationError, DTypeError, FreedGraphError, InplaceError, ShapeError
 
 #: What the walk has to do with a node.
@@ -25,13 +25,39 @@ next_seq: Callable[[], int] = count(1).__next__
 class Leaf:
     """Where a gradient ends up: the graph's side of a tensor that was made with requires_grad."""
 
-    __slots__ = ("extra", "grad", "seq")
+    __slots__ = ("extra", "grad", "home", "seq")
     kind: ClassVar[int] = LEAF
 
     def __init__(self) -> None:
         self.seq = 0
         self.grad: Any = None
         self.extra: Extra | None = None
+        #: Memory that an optimiser keeps for the gradient, or None.
+        self.home: Home | None = None
+
+
+class Home(Protocol):
+    """Memory for one gradient, lent to one array at a time."""
+
+    def take(self) -> Array | None:
+        """The memory, to be written to; None while anybody still sees into it."""
+
+    def keep(self, g: Array) -> Array | None:
+        """`g` there: itself when it was written there, a copy else; None if that cannot be."""
+
+
+def destination(parent: Any) -> Array | None:
+    """Where a rule may write the gradient of ``parent``, an array of its shape and dtype, or None.
+
+    Only the first gradient of a leaf has such a place. The rule writes every element, and returns
+    this array as the gradient.
+    """
+    if parent.kind != LEAF or parent.home is None or parent.grad is not None:
+        return None
+    if parent.extra is not None and parent.extra.hooks:
+        return None
+    home: Home = parent.home
+    return home.take()
 
 
 class Extra:
@@ -193,31 +219,60 @@ class Bundle(dict[int, Any]):
 # -- in-place changes -----------------------------------------------------------------------------
 
 
+class Mark:
+    """When one array's memory was last changed in place; `group` when that of many was at once."""
+
+    __slots__ = ("group", "owner", "stamp")
+
+    def __init__(self, owner: Any = None, group: Mark | None = None) -> None:
+        self.stamp = 0
+        self.owner = owner  # a weak reference, where there can be one
+        self.group = group
+
+
 class _Mutations:
     """When the memory of an array was last changed in place, in creation numbers."""
 
     def __init__(self) -> None:
         self.last = 0  # the newest change: nodes made later need no check
-        self.when: dict[int, tuple[int, Any]] = {}
+        self.when: dict[int, Mark] = {}
 
     def mark(self, x: Array) -> None:
+        """Note that the memory of ``x`` has changed."""
         owner = SPACES[type(x)].storage(x)
+        found = self.when.get(id(owner)) or self._watch(owner)
+        found.stamp = self.last = next_seq()
+
+    def join(self, x: Array, group: Mark) -> None:
+        """Let :meth:`mark_all` of a group speak for the memory of ``x`` too."""
+        owner = SPACES[type(x)].storage(x)
+        found = self.when.get(id(owner)) or self._watch(owner)
+        found.group = group
+
+    def mark_all(self, group: Mark) -> None:
+        """Note that the memory of every array in a group has changed."""
+        group.stamp = self.last = next_seq()
+
+    def _watch(self, owner: Any) -> Mark:
         key = id(owner)
-        stamp = next_seq()
         when = self.when
         try:
             ref = weakref.ref(owner, lambda _: when.pop(key, None))
         except TypeError:  # cannot be watched: keep it, so that its id stays its own
             ref = owner
-        when[key] = (stamp, ref)
-        self.last = stamp
+        when[key] = found = Mark(ref)
+        return found
 
     def after(self, x: Any, seq: int) -> bool:
+        """Whether the memory of ``x`` has changed since the creation number ``seq``."""
         try:
             owner = SPACES[type(x)].storage(x)
         except TypeError:
             return False
-        return self.when.get(id(owner), (0,))[0] > seq
+        found = self.when.get(id(owner))
+        if found is None:
+            return False
+        return found.stamp > seq or (found.group is not None and found.group.stamp > seq)
 
 
 mutations = _Mutations()
@@ -260,7 +315,7 @@ def evaluate(node: Node, rule: Rule, g: Any, wrap: Callable[..., Any] | None) ->
     """Run a rule of ``node`` on ``g``: on raw arrays, or on tensors when ``wrap`` makes them."""
     saved = node.saved()
     parameters = node.parameters()
-    parents = dict(node.parents()) if wrap is not None else {}
+    parents = dict(node.parents())
     operands = node.primitive.operands
     values: list[Any] = []
     for name in rule.names:
@@ -272,6 +327,9 @@ def evaluate(node: Node, rule: Rule, g: Any, wrap: Callable[..., Any] | None) ->
             values.append(node.mask)  # type: ignore[attr-defined]
         elif name in parameters:
             values.append(parameters[name])
+        elif name.endswith(HOME) and name not in saved:
+            parent = parents.get(operands.index(name.removesuffix(HOME)))
+            values.append(None if wrap is not None or parent is None else destination(parent))
         elif wrap is None or (name not in operands and name.endswith(FACETS[1:])):
             values.append(saved[name])
         elif name == "y" and node.primitive.outputs != 1:

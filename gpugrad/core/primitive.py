@@ -16,6 +16,8 @@ an operand         that operand's array, under the name it has in the forward
 ``x_shape``        the shape of operand ``x`` (nothing else of it is kept)
 ``x_dtype``        its dtype
 ``x_device``       where it lives, a device string
+``x_home``         an array to write the gradient of ``x`` into and return, or None (raw gradients
+                   of leaves whose optimiser keeps memory for them)
 a parameter        the value it was called with
 an ``aux`` name    an array that the forward returned beside its result
 ``needs``          (joint rules) a tuple of booleans: which operands want a gradient
@@ -47,6 +49,9 @@ def PASS(g: Any) -> Any:
 
 #: What a rule can ask of an operand ``x``: itself, ``x_shape``, ``x_dtype``, ``x_device``.
 FACETS = ("", "_shape", "_dtype", "_device")
+
+#: What a rule can be given of an operand besides, when it runs: nothing is saved for it.
+HOME = "_home"
 
 #: Names that a rule or the generated code around it gives a meaning of its own.
 RESERVED = frozenset({
@@ -369,7 +374,7 @@ def _check(made: Primitive) -> None:
             "operands and parameters"
         )
     for n in made.operands:
-        for facet in FACETS[1:]:
+        for facet in (*FACETS[1:], HOME):
             if n + facet in names:
                 raise DeclarationError(
                     f"{made.name}: {n + facet!r} is what a rule calls the {facet[1:]} of {n!r}; "
@@ -386,7 +391,7 @@ def _check(made: Primitive) -> None:
         raise DeclarationError(f"{made.name}: a variadic primitive takes one joint rule, vjp=")
     if made.outputs != 1 and (made.rules is not None or made.aux):
         raise DeclarationError(f"{made.name}: several outputs take one joint rule and no aux")
-    known = {n + s for n in made.operands for s in FACETS}
+    known = {n + s for n in made.operands for s in (*FACETS, HOME)}
     known |= {"m", "g", "t", "y", "needs", *made.parameters, *made.aux}
     for rule in (*(made.rules or ()), made.joint, *(made.jvps or ())):
         for n in rule.names if rule is not None else ():

@@ -642,7 +642,8 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
     """Add what a walk brought to the leaves to their ``.grad``.
 
     An array that somebody else may hold (a view, the caller's own, one that reached two leaves) is
-    copied, so that a gradient never shares memory with anything.
+    copied, so that a gradient never shares memory with anything. A leaf with a home has its
+    gradient there.
     """
     shared = {id(x) for x in given}
     arrived = []
@@ -660,6 +661,12 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
             old = leaf.grad
             space = SPACES[type(x)]
             if old is None:
+                if leaf.home is not None and not recorded:
+                    there = leaf.home.keep(x)
+                    if there is not None:
+                        shared.add(id(x))
+                        leaf.grad = tensor_of(there)
+                        continue
                 if id(x) in shared or (not mine and space.is_view(x)):
                     if recorded:
                         g = differentiable.copy(g)

@@ -105,13 +105,14 @@ def _samples() -> Any:
     ]
 
 
-def _reference(x: Any, bias: Any, activation: str) -> Any:
+def reference(x: Any, bias: Any, activation: str) -> Any:
+    """What a bias and an activation make of ``x``, by NumPy."""
     from gpugrad.backend import backend_for_device
 
     return ACTIVATIONS[activation].forward(backend_for_device("cpu"), x + bias)
 
 
-@primitive(vjp=_bias_activation_vjp, samples=_samples, reference=_reference)
+@primitive(vjp=_bias_activation_vjp, samples=_samples, reference=reference)
 def bias_activation(m: Backend, x: Array, bias: Array, /, activation: str = "gelu") -> Array:
     """``activation(x + bias)``: what follows the product in a layer.
 

@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import PASS, composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import ShapeError
+from gpugrad.ops.fused import bias_activation_backward, reference
 from gpugrad.ops.manipulation import moveaxis, normal_axis, reshape
 from gpugrad.ops.reductions import sum as sum_over
 from gpugrad.ops.samples import normal
@@ -124,10 +126,24 @@ def _explain_matmul(a: Array, b: Array) -> None:
 # -- the affine map of a layer --------------------------------------------------------------------
 
 
+@fusible
+def matmul_into(m: Backend, a: Array, b: Array, out: Array) -> Array:
+    """``a @ b`` for two matrices, written into ``out``, which is returned."""
+    m.xp.matmul(a, b, out=out)
+    return out
+
+
+def _linear_weight(m: Any, g: Any, x: Any, weight_home: Any) -> Any:
+    left, right = m.matrix_transpose(_rows(m, g)), _rows(m, x)
+    if weight_home is None:
+        return m.matmul(left, right)
+    return matmul_into(m, left, right, weight_home)
+
+
 @primitive(
     vjps=(
         lambda g, m, weight: _product(m, g, weight),
-        lambda g, m, x: m.matmul(m.matrix_transpose(_rows(m, g)), _rows(m, x)),
+        _linear_weight,
         PASS,
     ),
     jvps=(
@@ -165,20 +181,80 @@ def linear(m: Backend, x: Array, weight: Array, bias: Array | None = None, /) ->
     >>> linear(gg.asarray([1.0, 2.0]), gg.asarray([[1.0, 1.0]]), gg.asarray([0.5]))
     tensor([3.5])
     """
-    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
-        _explain_linear(x, weight)
-    y = _product(m, x, weight.mT)
+    y = _linear_product(m, x, weight)
     if bias is None:
         return y
+    _check_linear_bias(weight, bias)
+    if m.mutable and bias.dtype == y.dtype:
+        y += bias
+        return y
+    return y + bias
+
+
+def _linear_product(m: Backend, x: Array, weight: Array) -> Array:
+    if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
+        _explain_linear(x, weight)
+    return _product(m, x, weight.mT)
+
+
+def _check_linear_bias(weight: Array, bias: Array) -> None:
     if bias.shape != weight.shape[:1]:
         raise ShapeError(
             f"linear: bias of shape {tuple(bias.shape)} for weight of shape "
             f"{tuple(weight.shape)}; it needs one element per output, {tuple(weight.shape[:1])}"
         )
-    if m.mutable and bias.dtype == y.dtype:
-        y += bias
-        return y
-    return y + bias
+
+
+def _linear_activation_vjp(
+    m: Any, g: Any, x: Any, weight: Any, bias: Any, z: Any, activation: str, needs: Any,
+    weight_home: Any,
+) -> Any:  # fmt: skip
+    """All gradients of a layer in one call, each only when it is needed."""
+    if m is differentiable:  # what was kept beside the result would count as a constant
+        z = _product(m, x, m.matrix_transpose(weight))
+    gz, gb = bias_activation_backward(m, g, z, bias, activation)
+    gx = _product(m, gz, weight) if needs[0] else None
+    gw = _linear_weight(m, gz, x, weight_home) if needs[1] else None
+    return gx, gw, gb if needs[2] else None
+
+
+@primitive(
+    vjp=_linear_activation_vjp,
+    aux=("z",),
+    samples=lambda: [
+        sample(normal((4, 3), 0), normal((2, 3), 1), normal((2,), 2), activation="gelu_tanh"),
+        sample(normal((4, 3), 0), normal((2, 3), 1), normal((2,), 2), activation="tanh"),
+        sample(normal((3,), 0), normal((2, 3), 1), normal((2,), 2), activation="silu"),
+        sample(normal((5, 4, 3), 0), normal((2, 3), 1), normal((2,), 2), activation="gelu"),
+        sample(normal((0, 3), 0), normal((2, 3), 1), normal((2,), 2), activation="sigmoid",
+               note="an empty batch"),
+    ],
+    reference=lambda x, weight, bias, activation: reference(x @ weight.T, bias, activation),
+)  # fmt: skip
+def linear_activation(
+    m: Backend, x: Array, weight: Array, bias: Array, /, activation: str = "relu"
+) -> tuple[Array, Array]:
+    """``activation(x @ weight.T + bias)``: a layer of a net, and its three gradients in one call.
+
+    Parameters
+    ----------
+    x, weight, bias:
+        As in :func:`linear`; there is a bias.
+    activation:
+        A name, as in :func:`gpugrad.bias_activation`.
+
+    Returns
+    -------
+    Shape (..., out). The product, without bias and activation, is kept for the backward pass.
+
+    >>> import gpugrad as gg
+    >>> from gpugrad.ops.linalg import linear_activation
+    >>> linear_activation(gg.asarray([1.0, 2.0]), gg.asarray([[1.0, -1.0]]), gg.asarray([0.5]))
+    tensor([0.])
+    """
+    z = _linear_product(m, x, weight)
+    _check_linear_bias(weight, bias)
+    return m.bias_activation(z, bias, activation=activation), z
 
 
 def _explain_linear(x: Array, weight: Array) -> NoReturn:

@@ -1,154 +1,36 @@
-"""Optimisers, with PyTorch's names, defaults and trajectories."""
+"""Optimisers, with PyTorch's names, defaults and trajectories, and the loss scale.
+
+A step owns the order unscale, norm, clip, skip, update, on the device:
+
+>>> import gpugrad as gg
+>>> from gpugrad import nn
+>>> net = nn.Linear(3, 1)
+>>> optimizer = gg.optim.AdamW(net.named_parameters(), lr=0.1)
+>>> net(gg.ones((2, 3))).sum().backward()
+>>> optimizer.step(clip=1.0, nonfinite="skip")
+>>> optimizer.skipped.item()
+0
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
-
-from gpugrad.core.tensor import Tensor
+from gpugrad.optim.algorithms import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
 from gpugrad.optim.errors import OptimizerError
-from gpugrad.optim.optimizer import Group, Optimizer
+from gpugrad.optim.optimizer import Optimizer
 from gpugrad.optim.rules import RULES, UpdateRule
+from gpugrad.optim.scaler import GradScaler, ScalerError
 
-__all__ = ["RULES", "SGD", "Adam", "AdamW", "Optimizer", "OptimizerError", "UpdateRule"]
-
-Params = Iterable[Tensor] | Iterable[Group]
-
-
-class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum, Nesterov's or the plain one.
-
-    Parameters
-    ----------
-    params:
-        Tensors, or dicts with `"params"` and hyperparameters of their own.
-    lr:
-        Learning rate.
-    momentum:
-        Share of the last step that goes into the next.
-    dampening:
-        The gradient enters the momentum with 1 − dampening.
-    weight_decay:
-        Adds this times the parameter to its gradient.
-    nesterov:
-        Look ahead along the momentum; needs momentum and no dampening.
-
-    >>> import gpugrad as gg
-    >>> w = gg.tensor([4.0], requires_grad=True)
-    >>> optimizer = SGD([w], lr=0.25)
-    >>> gg.sum(w * w).backward()
-    >>> optimizer.step()
-    >>> w.tolist()
-    [2.0]
-    """
-
-    rule = "sgd"
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-    ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-            },
-        )
-
-    def check(self, group: Group) -> None:
-        for name in ("lr", "momentum", "weight_decay"):
-            _at_least_zero(type(self).__name__, name, group[name])
-        _number(type(self).__name__, "dampening", group["dampening"])
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise OptimizerError("SGD: nesterov needs a positive momentum and zero dampening")
-
-
-class Adam(Optimizer):
-    """Adam: steps divided by a running estimate of each gradient's size.
-
-    `weight_decay` adds to the gradient, and so is divided too; `AdamW` keeps it apart.
-
-    >>> import gpugrad as gg
-    >>> w = gg.tensor([4.0], requires_grad=True)
-    >>> optimizer = Adam([w], lr=0.5)
-    >>> gg.sum(w * w).backward()
-    >>> optimizer.step()
-    >>> round(w.item(), 6)
-    3.5
-    """
-
-    rule = "adam"
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
-
-    def check(self, group: Group) -> None:
-        who = type(self).__name__
-        for name in ("lr", "eps", "weight_decay"):
-            _at_least_zero(who, name, group[name])
-        try:
-            beta1, beta2 = group["betas"]
-        except (TypeError, ValueError):
-            raise OptimizerError(
-                f"{who}: betas is a pair of numbers, got {group['betas']!r}"
-            ) from None
-        for i, beta in enumerate((beta1, beta2), 1):
-            if not 0 <= _number(who, f"beta{i}", beta) < 1:
-                raise OptimizerError(f"{who}: beta{i} is {beta}; it must be at least 0 and below 1")
-
-
-class AdamW(Adam):
-    """Adam with weight decay apart from the gradient: each step shrinks p by lr·weight_decay·p.
-
-    >>> import gpugrad as gg
-    >>> w = gg.tensor([4.0], requires_grad=True)
-    >>> optimizer = AdamW([w], lr=0.5, weight_decay=0.5)
-    >>> gg.sum(w * w).backward()
-    >>> optimizer.step()
-    >>> round(w.item(), 6)
-    2.5
-    """
-
-    rule = "adamw"
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay)
-
-
-def _number(who: str, name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise OptimizerError(f"{who}: {name} is a number, not {value!r}") from None
-
-
-def _at_least_zero(who: str, name: str, value: Any) -> None:
-    number = _number(who, name, value)
-    if not 0 <= number < math.inf:
-        raise OptimizerError(f"{who}: {name} is {number}; it must be finite and zero or more")
+__all__ = [
+    "RULES",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "GradScaler",
+    "Lion",
+    "Optimizer",
+    "OptimizerError",
+    "RMSprop",
+    "ScalerError",
+    "UpdateRule",
+]

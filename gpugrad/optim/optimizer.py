@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
-from gpugrad.backend import SPACES, Array
-from gpugrad.clip import check_bound, coefficient, total_norm
 from gpugrad.core.conversion import asarray, tensor
-from gpugrad.core.graph import mutations
 from gpugrad.core.modes import enable_grad
-from gpugrad.core.tensor import Tensor, tensor_of
+from gpugrad.core.tensor import Tensor
+from gpugrad.errors import ParameterError
 from gpugrad.nn.module import check_state, clear_grads
+from gpugrad.optim.arena import Arena
 from gpugrad.optim.errors import OptimizerError
-from gpugrad.optim.rules import RULES, UpdateRule
+from gpugrad.optim.flat import CLIPPED, FIRST, SKIPPED
+from gpugrad.optim.plan import Plan, fits, lay_out, make_plan
+from gpugrad.optim.rules import RULES
+from gpugrad.optim.step import NONFINITE, Report, check_clip, run_step
 
-__all__ = ["Optimizer"]
+__all__ = ["Group", "Optimizer", "Params"]
 
 Group = dict[str, Any]
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 
-#: Elements that a rule works on at a time in host memory: its temporaries then stay in the cache.
-BLOCK = 1 << 15
+#: Entries of a parameter group that are no hyperparameters.
+_OTHER = frozenset(("params", "param_names", "name", "clip"))
 
 
 class Optimizer:
@@ -30,26 +32,37 @@ class Optimizer:
 
     Subclasses name a row of the table of update rules and check their hyperparameters.
 
+    Parameters
+    ----------
+    params:
+        Tensors; pairs of name and tensor, as from `named_parameters()`; or dicts with one of these
+        under `"params"` and hyperparameters of their own. A dict may also have its own `"clip"`.
+
     Attributes
     ----------
     param_groups:
         One dict per group: `"params"` and its hyperparameters, read anew at every step.
     state:
-        What is kept for each parameter: arrays as tensors, and `"step"`.
-    last_norm:
-        The total norm of the gradients before clipping in the latest `step(clip=…)`, a 0-d tensor
-        on the device; None before.
+        What is kept for each parameter that has made a step: arrays as tensors, and `"step"`, a 0-d
+        tensor on the device. Change the arrays in place, or through `load_state_dict`.
+
+    Making an optimiser moves its parameters, with gradients and state, into a few buffers, one
+    after the other (see `gpugrad.optim.arena`): a step is then two passes over memory, whatever the
+    number of tensors. Parameters stay the same tensors, of the same shapes; their arrays are views.
     """
 
     rule: ClassVar[str]
 
-    def __init__(
-        self, params: Tensor | Iterable[Tensor] | Iterable[Group], defaults: Group
-    ) -> None:
+    _arenas: list[list[Arena]]
+    _plan: Plan | None
+    _report: Report
+    _first: str | None
+
+    def __init__(self, params: Tensor | Params, defaults: Group) -> None:
         self.defaults = defaults
         self.param_groups: list[Group] = []
         self.state: dict[Tensor, dict[str, Any]] = {}
-        self.last_norm: Tensor | None = None
+        self._forget()
         if isinstance(params, Tensor):
             raise OptimizerError(
                 f"{type(self).__name__}: an iterable of tensors is needed, not one tensor; put it "
@@ -63,7 +76,15 @@ class Optimizer:
             )
         groups = listed if isinstance(listed[0], Mapping) else [{"params": listed}]
         for group in groups:
-            self.add_param_group(group)
+            self._add(group)
+        self._arenas = lay_out(self.param_groups, self._arenas)
+
+    def _forget(self) -> None:
+        """Begin without arenas, and without anything found out."""
+        self._arenas = []
+        self._plan = None
+        self._report = Report()
+        self._first = None
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
         """Train more parameters, with hyperparameters of their own.
@@ -73,6 +94,10 @@ class Optimizer:
         Raises OptimizerError for what cannot be trained: nothing at all, a tensor twice, one that
         was computed or does not require a gradient, something that is no tensor.
         """
+        self._add(param_group)
+        self._arenas = lay_out(self.param_groups, self._arenas)
+
+    def _add(self, param_group: Mapping[str, Any]) -> None:
         if not isinstance(param_group, Mapping) or "params" not in param_group:
             raise OptimizerError(f"a parameter group is a dict with 'params', not {param_group!r}")
         name = type(self).__name__
@@ -80,6 +105,11 @@ class Optimizer:
         params = [params] if isinstance(params, Tensor) else list(params)
         if not params:
             raise OptimizerError(f"{name}: the parameter group is empty")
+        names = [p[0] for p in params if isinstance(p, tuple) and len(p) == 2]
+        if names and len(names) != len(params):
+            raise OptimizerError(f"{name}: either all parameters have a name, or none has")
+        if names:
+            params = [p for _, p in params]
         seen = {id(p) for group in self.param_groups for p in group["params"]}
         for i, p in enumerate(params):
             if not isinstance(p, Tensor):
@@ -95,12 +125,15 @@ class Optimizer:
                     "twice in a step"
                 )
             seen.add(id(p))
-        unknown = param_group.keys() - self.defaults.keys() - {"params", "name"}
+        unknown = param_group.keys() - self.defaults.keys() - _OTHER
         if unknown:
             raise OptimizerError(
                 f"{name}: unknown hyperparameters {sorted(unknown)}; it has {list(self.defaults)}"
             )
         group = {**self.defaults, **param_group, "params": params}
+        if names:
+            group["param_names"] = names
+        check_clip(group.get("clip"), "clip of a parameter group")
         self.check(group)
         self.param_groups.append(group)
 
@@ -116,67 +149,166 @@ class Optimizer:
 
     # -- the step ---------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None, *, clip: float | None = None) -> Any:
-        """Change every parameter that has a gradient, and return what `closure` returned.
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        clip: Any = None,
+        scaler: Any = None,
+        nonfinite: str = "propagate",
+    ) -> Any:
+        """Unscale, clip and use the gradients, and return what `closure` returned.
 
-        Nothing is read from the device. Graphs that saved a parameter's old value raise
-        InplaceError if they are run backward afterwards.
+        Changes every parameter that requires a gradient and has one; the others keep their values
+        and state. Nothing is read from the device, unless `nonfinite="raise"`. Graphs that saved a
+        parameter's old value raise InplaceError if they are run backward afterwards.
 
         Parameters
         ----------
         closure:
             Computes the loss anew and calls backward on it; called once, before the update.
         clip:
-            Use gradients scaled so that their total norm is at most this. The gradients themselves
-            stay as they are, and the norm before clipping is put into `last_norm`; infinity asks
-            for the norm alone.
+            A policy of `gpugrad.clip`, or a number: use gradients scaled so that their total norm
+            is at most this. Norms are scaled within the update, and `.grad` stays as it is;
+            policies that treat each gradient in its own way change it in place. Infinity asks for
+            the norm alone. A parameter group with an entry `"clip"` is clipped by that, apart from
+            the others, or not at all if it is None.
+        scaler:
+            A GradScaler that scaled the loss. The gradients are unscaled before anything else, and
+            the scale is adapted to what they were. With one, `"propagate"` means `"skip"`.
+        nonfinite:
+            What to do about gradients that are NaN or infinite. `"propagate"`: compute with them.
+            `"skip"`: change nothing, and count the step in `skipped`. `"zero"`: such elements count
+            as 0, in the norm, too. `"raise"`: NonFiniteGradientError, which names the parameter,
+            and nothing is changed; the host waits for the device to find out.
+
+        Raises ParameterError for a bound that is negative or NaN, and DeviceError when there is a
+        norm or a flag to agree upon while parameters are in different places.
         """
-        bound = None if clip is None else check_bound(clip, "clip")
+        if clip is not None:
+            check_clip(clip)
+        if nonfinite not in NONFINITE:
+            raise ParameterError(
+                f"nonfinite is {nonfinite!r}; it must be one of {', '.join(map(repr, NONFINITE))}"
+            )
         loss = None
         if closure is not None:
             with enable_grad():
                 loss = closure()
-        factor = None
-        if bound is not None:
-            self.last_norm = total_norm(p.grad for p in self._params() if p.grad is not None)
-            if bound != np.inf:
-                factor = coefficient(self.last_norm, bound).data
-        rule = RULES[self.rule]
-        for group in self.param_groups:
-            hyper = {k: v for k, v in group.items() if k not in ("params", "name")}
-            hyper["lr"] = float(hyper["lr"])  # a NumPy scalar would widen the arrays
-            names = rule.state(hyper)
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    kept = self._kept(p, names)
-                    kept["step"] += 1
-                    states = [kept[name] for name in names]
-                    _apply(rule, p, grad.data, states, factor, {**hyper, "step": kept["step"]})
+        plan = self._planned()
+        if plan.spans:
+            run_step(
+                plan, self.param_groups, RULES[self.rule], self._report,
+                clip=clip, scaler=scaler, nonfinite=nonfinite, name_of=self._name_at,
+            )  # fmt: skip
         return loss
 
-    def _kept(self, p: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-        """The state of one parameter, made on its first step."""
-        kept = self.state.get(p)
-        if kept is None or any(name not in kept for name in names):
-            space = SPACES[type(p.data)]
-            kept = self.state[p] = {"step": 0}
-            for name in names:
-                kept[name] = tensor_of(space.zeros_like(p.data))
-        return kept
+    def _planned(self) -> Plan:
+        """What to do in this step; what was done in the last, if nothing has changed."""
+        rule = RULES[self.rule]
+        names = [rule.state(group) for group in self.param_groups]
+        if self._plan is None or not self._plan.holds(self.param_groups, self.state, names):
+            self._plan = None
+            if not fits(self.param_groups, self._arenas):
+                self._first = self.first_nonfinite()
+                self._report.forget_first()
+                self._arenas = lay_out(self.param_groups, self._arenas)
+            self._plan = make_plan(self.param_groups, self._arenas, self.state, rule, names)
+        return self._plan
+
+    # -- what the steps found ---------------------------------------------------------------------
+
+    @property
+    def last_norm(self) -> Tensor | None:
+        """The norm before clipping in the latest step with a clip, a 0-d tensor on the device.
+
+        Of the gradients that the step's own `clip` is for; without one, of the first group that has
+        its own. None before.
+        """
+        return self._report.norm
+
+    @property
+    def last_coefficient(self) -> Tensor | None:
+        """What the gradients of `last_norm` were multiplied by, a 0-d tensor on the device.
+
+        None before, and when the latest clip was none by a norm.
+        """
+        return self._report.coefficient
+
+    @property
+    def clip_fraction(self) -> Tensor | None:
+        """The share of steps whose coefficient was below 1, a 0-d tensor on the device."""
+        clipped = self._report.count(CLIPPED)
+        return clipped / self._report.clips if clipped is not None and self._report.clips else None
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many steps were skipped because a gradient was not finite, a 0-d tensor."""
+        found = self._report.count(SKIPPED)
+        return tensor(0) if found is None else found
+
+    def first_nonfinite(self) -> str | None:
+        """The parameter that went bad first, by name; None if none did. On a GPU the host waits.
+
+        Gradients are looked at in steps that clip, have a scaler, or a `nonfinite` other than
+        `"propagate"`. When a step finds one that is not finite, and the step before found none,
+        this is the first parameter, in order, that has it. It has the name that it was given, or
+        its number and shape.
+
+        >>> import gpugrad as gg
+        >>> a, b = (gg.tensor([1.0], requires_grad=True) for _ in range(2))
+        >>> optimizer = gg.optim.SGD([("a", a), ("b", b)])
+        >>> a.grad, b.grad = gg.tensor([1.0]), gg.tensor([float("nan")])
+        >>> optimizer.step(nonfinite="skip")
+        >>> optimizer.first_nonfinite(), optimizer.skipped.item(), b.item()
+        ('b', 1, 1.0)
+        """
+        first = self._report.count(FIRST)
+        number = 0 if first is None else int(first.item())
+        return self._name_at(number - 1) if number else self._first
+
+    def _name_at(self, number: int) -> str:
+        """The name of the parameter that an element belongs to, counted through all arenas."""
+        arenas = [arena for made in self._arenas for arena in made]
+        arena = arenas[bisect_right([a.base for a in arenas], number) - 1]
+        starts = [place.start for place in arena.places]
+        p = arena.places[bisect_right(starts, number - arena.base) - 1].tensor
+        group = self.param_groups[arena.group]
+        i = next(i for i, other in enumerate(group["params"]) if other is p)
+        if "param_names" in group:
+            return str(group["param_names"][i])
+        where = f" of group {arena.group}" if len(self.param_groups) > 1 else ""
+        return f"parameter {i}{where}, of shape {p.shape}"
 
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """State and hyperparameters as PyTorch lays them out, parameters numbered in order.
 
-        Arrays are tensors that share the optimiser's memory.
+        Arrays are tensors that share the optimiser's memory, and counts of steps Python numbers: on
+        a GPU the host waits for them. What a group has under `"clip"` is left out.
         """
         number = {p: i for i, p in enumerate(self._params())}
+        counts: dict[int, int] = {}
+
+        def shown(name: str, value: Any) -> Any:
+            if name != "step":
+                return value.detach()
+            if id(value) not in counts:
+                counts[id(value)] = int(value)
+            return counts[id(value)]
+
         return {
-            "state": {number[p]: dict(self.state[p]) for p in number if p in self.state},
+            "state": {
+                number[p]: {name: shown(name, value) for name, value in self.state[p].items()}
+                for p in number
+                if p in self.state
+            },
             "param_groups": [
-                {**group, "params": [number[p] for p in group["params"]]}
+                {
+                    **{name: value for name, value in group.items() if name != "clip"},
+                    "params": [number[p] for p in group["params"]],
+                }
                 for group in self.param_groups
             ],
         }
@@ -198,13 +330,14 @@ class Optimizer:
                 f"{[len(group['params']) for group in groups]} parameters, here they have {sizes}"
             )
         for mine, group in zip(self.param_groups, groups):
-            theirs = sorted(group.keys() - {"params", "name"})
+            theirs = sorted(group.keys() - _OTHER)
             if theirs != sorted(self.defaults):
                 raise OptimizerError(
                     f"{type(self).__name__}: the state has the hyperparameters {theirs}, here they "
                     f"are {sorted(self.defaults)}; it is of another optimiser"
                 )
             group["params"] = mine["params"]
+            group |= {name: mine[name] for name in ("clip", "param_names") if name in mine}
             self.check(group)
         # Numbers are those of the state's own groups, whose order is ours.
         order = [str(i) for group in state_dict["param_groups"] for i in group["params"]]
@@ -230,42 +363,19 @@ class Optimizer:
         self.state = new
         self.param_groups = groups
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: it has parameters of its own, and finds out for itself."""
+        own = ("_arenas", "_plan", "_report", "_first")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__} ("]
         for i, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {i}")
-            lines += [f"    {k}: {v}" for k, v in group.items() if k != "params"]
+            hidden = ("params", "param_names")
+            lines += [f"    {k}: {v}" for k, v in group.items() if k not in hidden]
         return "\n".join((*lines, ")"))
-
-
-def _apply(
-    rule: UpdateRule, p: Tensor, g: Array, states: list[Tensor], factor: Array | None, hyper: Group
-) -> None:
-    """Run a rule on one parameter: block by block in host memory, at once anywhere else."""
-    space = SPACES[type(p.data)]
-    if factor is not None:
-        factor = space.astype(factor, g.dtype)
-    arrays = (p.data, g, *(s.data for s in states))
-    update = rule.update
-    if _can_block(arrays):
-        flat = [x.reshape(-1) for x in arrays]
-        for start in range(0, flat[0].size, BLOCK):
-            x, gradient, *kept = (a[start : start + BLOCK] for a in flat)
-            if factor is not None:
-                gradient = gradient * factor
-            update(space, x, gradient, *kept, **hyper)
-        mutations.mark(p.data)
-        return
-
-    def whole(x: Array, g: Array, *kept: Array) -> tuple[Array, ...]:
-        return update(space, x, g if factor is None else g * factor, *kept, **hyper)
-
-    out = space.bind(whole)(*arrays)
-    for target, before, after in zip((p, *states), (arrays[0], *arrays[2:]), out):
-        if after is not before:  # a library whose arrays do not change
-            target.data = after
-    mutations.mark(p.data)
-
-
-def _can_block(arrays: tuple[Array, ...]) -> bool:
-    return all(isinstance(x, np.ndarray) and x.flags.c_contiguous for x in arrays)

@@ -1,10 +1,7 @@
-"""Update rules: one row each, a formula over arrays and the state it keeps.
+"""What optimisers call things, and what the update rules do: states, flags and numbers.
 
-A rule is `update(m, p, g, *state, **hyper)`: `m` is the namespace, `p` a parameter, `g` its
-gradient, then the state arrays in the order of the row, then the numbers of the parameter group and
-`step`, which counts from 1 since the state was made. It writes with in-place operators, so that it
-updates the memory where arrays can change, and returns the arrays for where they cannot. It works
-element by element, so that it may be run on any part of the arrays at a time.
+The rules themselves are in :mod:`gpugrad.ops.updates`. Hyperparameters and the names of states are
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -12,81 +9,144 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from gpugrad.backend import Array, Backend
+from gpugrad.ops import updates
 
 __all__ = ["RULES", "UpdateRule"]
+
+Group = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """One row of the table.
+    """One optimiser's way to a row of :data:`gpugrad.ops.updates.RULES`.
 
     Attributes
     ----------
-    update:
-        The formula.
-    state:
-        Names of the arrays that it keeps for a parameter, zero in the beginning, given the numbers
-        of the group.
+    rule:
+        The row.
+    states:
+        Name of a state in the row → its name here.
+    flags, numbers:
+        The row's flags, and its numbers, given the hyperparameters of a group.
+    initial:
+        What state arrays are filled with in the beginning.
     """
 
-    update: Callable[..., tuple[Array, ...]]
-    state: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    rule: str
+    states: Mapping[str, str]
+    flags: Callable[[Group], dict[str, bool]]
+    numbers: Callable[[Group], dict[str, float]]
+    initial: Callable[[Group], float] = lambda group: 0.0
+
+    def state(self, group: Group) -> tuple[str, ...]:
+        """Names of the arrays that are kept for a parameter of this group."""
+        kept = updates.RULES[self.rule].kept(self.flags(group))
+        return tuple(self.states[name] for name in kept)
 
 
-def sgd(
-    m: Backend, p: Array, g: Array, velocity: Array | None = None, /, *, step: int, lr: float,
-    momentum: float, dampening: float, weight_decay: float, nesterov: bool,
-) -> tuple[Array, ...]:  # fmt: skip
-    """Gradient descent, with momentum as Sutskever et al. (2013) write it."""
-    if weight_decay:
-        g = g + weight_decay * p
-    if velocity is None:
-        p -= lr * g
-        return (p,)
-    velocity *= momentum
-    velocity += g if step == 1 or not dampening else (1 - dampening) * g
-    p -= lr * (g + momentum * velocity if nesterov else velocity)
-    return p, velocity
+def _decays(group: Group) -> bool:
+    return bool(group["weight_decay"])
 
 
-def adam(
-    m: Backend, p: Array, g: Array, mean: Array, square: Array, /, *, step: int, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float,
-) -> tuple[Array, ...]:  # fmt: skip
-    """Adam (Kingma and Ba, 2015); weight decay is part of the gradient."""
-    if weight_decay:
-        g = g + weight_decay * p
-    beta1, beta2 = betas
-    mean *= beta1
-    mean += (1 - beta1) * g
-    square *= beta2
-    square += (1 - beta2) * (g * g)
-    # Both moments began at zero; what corrects them stands outside, once in place of per element.
-    root = math.sqrt(1 - beta2**step)
-    p -= (lr * root / (1 - beta1**step)) * (mean / (m.sqrt(square) + eps * root))
-    return p, mean, square
+def _sgd_flags(group: Group) -> dict[str, bool]:
+    return {
+        "moves": bool(group["momentum"]),
+        "nesterov": bool(group["nesterov"]),
+        "decays": _decays(group),
+    }
 
 
-def adamw(
-    m: Backend, p: Array, g: Array, mean: Array, square: Array, /, *, step: int, lr: float,
-    betas: tuple[float, float], eps: float, weight_decay: float,
-) -> tuple[Array, ...]:  # fmt: skip
-    """Adam with weight decay beside the gradient (Loshchilov and Hutter, 2019)."""
-    if weight_decay:
-        p *= 1 - lr * weight_decay
-    return adam(m, p, g, mean, square, step=step, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+def _sgd(group: Group) -> dict[str, float]:
+    return {
+        "lr": float(group["lr"]),
+        "momentum": float(group["momentum"]),
+        "dampening": float(group["dampening"]),
+        "decay": float(group["weight_decay"]),
+    }
 
 
-def _moments(group: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq")
+def _betas(group: Group) -> dict[str, float]:
+    """The share of the past in two means, and of the present: exact where one is nearly 1."""
+    beta1, beta2 = map(float, group["betas"])
+    return {"beta1": beta1, "gain1": 1 - beta1, "beta2": beta2, "gain2": 1 - beta2}
 
 
-#: Every update rule by name.
+def _adam(group: Group, decoupled: bool) -> dict[str, float]:
+    lr, decay, betas = float(group["lr"]), float(group["weight_decay"]), _betas(group)
+    return {
+        **betas,
+        "lr": lr,
+        "eps": float(group["eps"]),
+        "decay": lr * decay if decoupled else decay,
+        "log_beta1": _log(betas["beta1"]),
+        "log_beta2": _log(betas["beta2"]),
+    }
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x else -math.inf
+
+
+def _rmsprop_flags(group: Group) -> dict[str, bool]:
+    return {
+        "centered": bool(group["centered"]),
+        "moves": bool(group["momentum"]),
+        "decays": _decays(group),
+    }
+
+
+def _rmsprop(group: Group) -> dict[str, float]:
+    alpha = float(group["alpha"])
+    return {
+        "lr": float(group["lr"]),
+        "alpha": alpha,
+        "gain": 1 - alpha,
+        "eps": float(group["eps"]),
+        "momentum": float(group["momentum"]),
+        "decay": float(group["weight_decay"]),
+    }
+
+
+def _adagrad(group: Group) -> dict[str, float]:
+    return {
+        "lr": float(group["lr"]),
+        "lr_decay": float(group["lr_decay"]),
+        "eps": float(group["eps"]),
+        "decay": float(group["weight_decay"]),
+    }
+
+
+def _lion(group: Group) -> dict[str, float]:
+    lr = float(group["lr"])
+    return {**_betas(group), "lr": lr, "decay": lr * float(group["weight_decay"])}
+
+
+_MOMENTS = {"mean": "exp_avg", "square": "exp_avg_sq"}
+
+#: By the name that an optimiser's class gives.
 RULES = {
-    "sgd": UpdateRule(sgd, lambda group: ("momentum_buffer",) if group["momentum"] else ()),
-    "adam": UpdateRule(adam, _moments),
-    "adamw": UpdateRule(adamw, _moments),
-}
+    "sgd": UpdateRule("sgd", {"velocity": "momentum_buffer"}, _sgd_flags, _sgd),
+    "adam": UpdateRule(
+        "adam", _MOMENTS, lambda group: {"decays": _decays(group), "decoupled": False},
+        partial(_adam, decoupled=False),
+    ),
+    "adamw": UpdateRule(
+        "adam", _MOMENTS, lambda group: {"decays": _decays(group), "decoupled": True},
+        partial(_adam, decoupled=True),
+    ),
+    "rmsprop": UpdateRule(
+        "rmsprop",
+        {"square": "square_avg", "mean": "grad_avg", "velocity": "momentum_buffer"},
+        _rmsprop_flags, _rmsprop,
+    ),
+    "adagrad": UpdateRule(
+        "adagrad", {"total": "sum"}, lambda group: {"decays": _decays(group)}, _adagrad,
+        lambda group: float(group["initial_accumulator_value"]),
+    ),
+    "lion": UpdateRule(
+        "lion", {"mean": "exp_avg"}, lambda group: {"decays": _decays(group)}, _lion
+    ),
+}  # fmt: skip

@@ -40,7 +40,7 @@ def ours(make, steps=STEPS, dtype=np.float64, device=None, skip=(), clip=None):
     return params, optimizer
 
 
-CASES = [
+CASES: list[tuple[str, dict]] = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "weight_decay": 0.02}),
     ("SGD", {"lr": 0.1, "momentum": 0.9}),
@@ -51,6 +51,18 @@ CASES = [
     ("AdamW", {}),
     ("AdamW", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.3}),
     ("AdamW", {"lr": 0.01, "betas": (0.0, 0.0), "weight_decay": 0.0}),
+    ("RMSprop", {}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.9, "momentum": 0.8, "weight_decay": 0.1}),
+    ("RMSprop", {"lr": 0.02, "alpha": 0.9, "centered": True, "eps": 1e-3}),
+    ("RMSprop", {"lr": 0.02, "momentum": 0.5, "centered": True, "eps": 1e-3}),
+    ("Adagrad", {}),
+    ("Adagrad", {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.1, "eps": 1e-6,
+                 "initial_accumulator_value": 0.3}),
+]  # fmt: skip
+
+LION: list[tuple[str, dict]] = [
+    ("Lion", {}),
+    ("Lion", {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.2}),
 ]
 
 
@@ -81,7 +93,7 @@ def test_the_trajectory_is_pytorchs(name, options, clip) -> None:
 def test_defaults_are_pytorchs() -> None:
     import torch
 
-    for name in ("SGD", "Adam", "AdamW"):
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad"):
         theirs = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(1))]).defaults
         mine = getattr(optim, name)([nn.Parameter(gg.tensor(0.0))]).defaults
         assert {k: theirs[k] for k in mine} == mine
@@ -96,7 +108,29 @@ def test_sgd_by_hand() -> None:
         assert math.isclose(w.item(), expected, rel_tol=1e-15)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES[3:])
+@pytest.mark.parametrize(("name", "options"), LION)
+def test_lion_is_the_papers(name, options) -> None:
+    """Algorithm 2 of arXiv:2302.06675, line by line."""
+    mine, optimizer = ours(lambda p: getattr(optim, name)(p, **options))
+    group = optimizer.param_groups[0]
+    lr, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+    for i, p in enumerate(start()):
+        theta, m = p, np.zeros_like(p)
+        for step in range(STEPS):
+            g = gradient(step, i)
+            update = np.sign(beta1 * m + (1 - beta1) * g)
+            theta = theta - lr * (update + decay * theta)
+            m = beta2 * m + (1 - beta2) * g
+        assert np.abs(mine[i].detach().numpy() - theta).max() <= 1e-12
+
+
+def test_lion_defaults() -> None:
+    assert optim.Lion([nn.Parameter(gg.tensor(0.0))]).defaults == {
+        "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), CASES[3:] + LION)
 def test_parameters_keep_their_memory_and_dtype(name, options) -> None:
     p = nn.Parameter(gg.tensor(np.ones((300, 100), np.float32)))
     data = p.data
@@ -182,7 +216,7 @@ def test_a_stale_graph_is_found_out() -> None:
         y.backward()
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), CASES + LION)
 def test_state_goes_on_exactly(name, options) -> None:
     def make(p):
         return getattr(optim, name)(p, **options)
@@ -275,6 +309,14 @@ W = nn.Parameter(gg.tensor([1.0]))
         (lambda: optim.AdamW([W], betas=0.9), "pair of numbers"),
         (lambda: optim.Adam([W], eps=-1e-8), "eps is -1e-08"),
         (lambda: optim.Adam([W], lr=-math.inf), "lr is -inf"),
+        (lambda: optim.RMSprop([W], alpha=-0.1), "alpha is -0.1"),
+        (lambda: optim.RMSprop([W], alpha=1.5), "alpha is 1.5"),
+        (lambda: optim.RMSprop([W], momentum=-1), "momentum is -1"),
+        (lambda: optim.Adagrad([W], lr_decay=-1), "lr_decay is -1"),
+        (lambda: optim.Adagrad([W], initial_accumulator_value=-1), "initial_accumulator_value is"),
+        (lambda: optim.Lion([W], betas=(0.9, 1.0)), "beta2 is 1.0"),
+        (lambda: optim.Lion([W], lr=None), "lr is a number"),
+        (lambda: optim.SGD([("w", W), W]), "all parameters have a name, or none has"),
     ],
 )
 def test_refusals(make, message) -> None:
@@ -283,7 +325,7 @@ def test_refusals(make, message) -> None:
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES[2:])
+@pytest.mark.parametrize(("name", "options"), CASES[2:] + LION)
 def test_nothing_is_read_from_the_device(name, options) -> None:
     def make(p):
         return getattr(optim, name)(p, **options)
@@ -297,7 +339,7 @@ def test_nothing_is_read_from_the_device(name, options) -> None:
             assert np.allclose(a.detach().numpy(), b.detach().cpu().numpy(), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "options"), CASES[2:])
+@pytest.mark.parametrize(("name", "options"), CASES[2:] + LION)
 def test_on_strict_arrays(name, options) -> None:
     pytest.importorskip("array_api_strict")
 
