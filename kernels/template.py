@@ -132,7 +132,7 @@ class Template:
         self.function = function
         self.role = role
         self.bound = bound or {}
-        self.name = "_".join((function.__name__, *(t.name for t in self.bound.values())))
+        self.name: str = "_".join((function.__name__, *(t.name for t in self.bound.values())))
         self._instances: dict[tuple[str, str], Any] = {}
         self._bindings: dict[tuple[tuple[str, int], ...], Template] = {}
         self.__doc__ = function.__doc__
@@ -181,7 +181,7 @@ class Template:
             scope[name] = value
         body = FunctionType(self.function.__code__, scope, f"{self.name}_{storage}")
         body.__qualname__ = body.__name__
-        body.__defaults__ = self.function.__defaults__  # type: ignore[attr-defined]
+        body.__defaults__ = self.function.__defaults__
         body.__module__ = str(own.get("__name__"))
         return target.compile(body, self.role, storage)
 

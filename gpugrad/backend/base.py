@@ -93,7 +93,7 @@ class Backend:
         return self.extras[name](self, *args, **kwargs)
 
     def fused(self, name: str, generic: Callable[..., Any]) -> Callable[..., Any]:
-        """``generic``, a function of raw arrays, or in its place a kernel from the slot ``name``."""
+        """``generic``, a function of raw arrays, or in its place a kernel of the slot."""
         slot = self.slots[name]
 
         def without_space(m: Backend, *args: Any, **kwargs: Any) -> Any:

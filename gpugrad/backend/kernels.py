@@ -49,7 +49,7 @@ class Kernel:
 
     run: Callable[..., Any]
     label: str
-    refuse: Callable[..., str | None] = lambda *args, **kwargs: None
+    refuse: Callable[..., Any] = lambda *args, **kwargs: None
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,7 @@ class Slot:
         if mode == "off":
             return self._generic(generic, m, args, kwargs, "kernels are switched off")
         if mode == "auto" and getattr(args[0], "size", 0) < self.at_least:
-            return self._generic(
-                generic, m, args, kwargs, f"fewer than {self.at_least} elements"
-            )
+            return self._generic(generic, m, args, kwargs, f"fewer than {self.at_least} elements")
         refusals = []
         for kernel in self.kernels:
             why = kernel.refuse(m, *args, **kwargs)
@@ -135,9 +133,7 @@ class Slot:
         return generic(m, *args, **kwargs)
 
 
-def slots(
-    package: str, families: Mapping[str, tuple[int, tuple[str, ...]]]
-) -> dict[str, Slot]:
+def slots(package: str, families: Mapping[str, tuple[int, tuple[str, ...]]]) -> dict[str, Slot]:
     """Slots from a table: module of a package → (at_least, operations)."""
     return {
         name: Slot(name, f"{package}.{module}", at_least)

@@ -83,12 +83,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _size_class(nbytes: int) -> int:
-    """`nbytes` rounded up to one of eight sizes between two powers of two, in whole pages."""
-    step = max(4096, 1 << max(0, nbytes.bit_length() - 4))
-    return -(-nbytes // step) * step
-
-
 class Loan:
     """What an array from here refers to as its base; when it dies, nobody sees the memory."""
 

@@ -111,7 +111,7 @@ def bias_activation(m: Backend, x: Array, bias: Array, activation: str) -> Array
 def bias_activation_backward(
     m: Backend, g: Array, x: Array, bias: Array, activation: str, statistics: bool = False
 ) -> tuple[Array, ...]:
-    """Gradients of `x` and `bias`; with `statistics` also Σg² and the non-finite count of the first."""
+    """Gradients of `x` and `bias`; with `statistics` also Σg² and the bad elements of the first."""
     storage = numpy_storage(x.dtype)
     wide = np.float64 if storage == "float64" else np.float32
     columns = bias.size

@@ -138,29 +138,27 @@ _PLAIN = {
     "where": _where, "maximum": _maximum, "minimum": _minimum,
 }  # fmt: skip
 
-_FLOATS = {types.float32: types.int32, types.float64: types.int64}
-
 
 def _reinterpret(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.bitcast(args[0], context.get_value_type(signature.return_type))
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _to_int32(typing: Any, x: Any) -> Any:
     return types.int32(types.float32), _reinterpret
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _to_int64(typing: Any, x: Any) -> Any:
     return types.int64(types.float64), _reinterpret
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _to_float32(typing: Any, x: Any) -> Any:
     return types.float32(types.int32), _reinterpret
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _to_float64(typing: Any, x: Any) -> Any:
     return types.float64(types.int64), _reinterpret
 
@@ -171,7 +169,7 @@ _BITS = {
 }  # fmt: skip
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _widen_half(typing: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
@@ -179,7 +177,7 @@ def _widen_half(typing: Any, x: Any) -> Any:
     return types.float32(types.uint16), code
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _narrow_half(typing: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
@@ -240,7 +238,7 @@ def _stamp() -> str:
     return digest.hexdigest()[:16]
 
 
-class _Locator(_CacheLocator):
+class _Locator(_CacheLocator):  # type: ignore[misc]
     """A name of its own for each text of a kernel: nothing is ever out of date."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -325,6 +323,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+@cache
 def numpy_storage(dtype: np.dtype[Any]) -> str:
     """The name of the storage that an array's dtype is; "" for one that kernels do not take."""
     name = dtype.name

@@ -1,12 +1,14 @@
 """One text, many instances: placeholders and templates are replaced, everything else stays."""
 
+from typing import Any
+
 import pytest
 
 from gpugrad.errors import DeclarationError
 from gpugrad.kernels import template
 from gpugrad.kernels.template import I, Placeholder, T, device, exp, read
 
-inner: object = Placeholder("inner")
+inner: Any = Placeholder("inner")
 FIVE = 5
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +14,7 @@ from gpugrad.ops import formulas
 
 NUMPY = backend_for_device("cpu")
 NAMES = [
-    name
-    for name, f in vars(formulas).items()
-    if inspect.isfunction(f) and not name.startswith("_")
+    name for name, f in vars(formulas).items() if inspect.isfunction(f) and not name.startswith("_")
 ]
 
 
@@ -47,7 +46,7 @@ def test_constants_have_the_type_of_the_arithmetic():
         text = formula_text(getattr(formulas, name), name)
         for token in text.replace("(", " ( ").replace(")", " ) ").replace(",", " ").split("\n"):
             words = token.split()
-            for before, word in zip(words, words[1:]):
+            for before, word in pairwise(words):
                 if word[0].isdigit() or (word[0] == "-" and word[1:2].isdigit()):
                     assert before == "(", f"{name}: a bare constant {word} in {token}"
 

@@ -7,6 +7,7 @@ import gpugrad as gg
 from gpugrad.backend import backend_for_device
 from gpugrad.errors import KernelError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import bias as family
+from gpugrad.kernels.cpu.compile import CPU
 from gpugrad.ops.fused import ACTIVATIONS, bias_activation_backward
 from tests.kernels.cpu.assembly import assembly, packed
 from tests.kernels.parity import DTYPES, EPS, layouts, run, wide
@@ -44,7 +45,10 @@ def test_storage(dtype):
         assert np.all(np.abs(wide(a) - t) <= slack * EPS[dtype] * (np.abs(t) + 2.0))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (0, 4), (3, 0), (7,), (2, 3, 4), (300, 3)])
+SHAPES = [(1, 1), (1, 5), (5, 1), (0, 4), (3, 0), (7,), (2, 3, 4), (300, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape):
     rng = np.random.default_rng(0)
     x, b = rng.standard_normal(shape), rng.standard_normal(shape[-1])
@@ -124,9 +128,15 @@ def test_loops_are_vectorised(activation):
     forward, backward = family._loops(activation)
     n = 64
     row = np.ones(n, "float32")
-    text = assembly(forward.bound["row"]["float32"], row, row, row.copy())
+    text = assembly(forward.bound["row"].instance(CPU, "float32"), row, row, row.copy())
     assert packed(text) >= 2
     text = assembly(
-        backward.bound["row"]["float32"], row, row, row, row.copy(), row.copy(), np.zeros(2)
+        backward.bound["row"].instance(CPU, "float32"),
+        row,
+        row,
+        row,
+        row.copy(),
+        row.copy(),
+        np.zeros(2),
     )
     assert packed(text) >= 4
