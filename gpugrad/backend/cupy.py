@@ -8,9 +8,9 @@ mask has true ones, indexing with boolean arrays and ``nonzero``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import cupy
@@ -18,6 +18,7 @@ import cupyx
 import numpy as np
 
 from gpugrad.backend.base import Array, Backend, DeviceInfo, is_basic
+from gpugrad.backend.kernels import Slot
 from gpugrad.errors import DeviceError
 
 #: Functions of the standard that make an array from nothing, or like another one.
@@ -53,6 +54,12 @@ class CupyBackend(Backend):
             value = self.bind(value)
         self.__dict__[name] = value
         return value
+
+    @cached_property
+    def slots(self) -> Mapping[str, Slot]:  # type: ignore[override]
+        from gpugrad.kernels.cuda import SLOTS  # a table; nothing is loaded before it is needed
+
+        return SLOTS
 
     # -- dtypes: CuPy's are NumPy's ----------------------------------------------------------------
 

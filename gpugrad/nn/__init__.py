@@ -27,9 +27,10 @@ from gpugrad.nn.activations import (
 )
 from gpugrad.nn.containers import ModuleList, Sequential
 from gpugrad.nn.errors import ModuleError, StateDictError
-from gpugrad.nn.layers import Dropout, Flatten, Identity, Linear
+from gpugrad.nn.layers import Dropout, Embedding, Flatten, Identity, Linear
 from gpugrad.nn.losses import CrossEntropyLoss, MSELoss
 from gpugrad.nn.module import IncompatibleKeys, Module
+from gpugrad.nn.normalization import BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm, RMSNorm
 from gpugrad.nn.random import Generator, default_generator, manual_seed
 
 __all__ = [
@@ -37,15 +38,20 @@ __all__ = [
     "ELU",
     "GELU",
     "SELU",
+    "BatchNorm1d",
+    "BatchNorm2d",
     "CrossEntropyLoss",
     "Dropout",
+    "Embedding",
     "Flatten",
     "Generator",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
     "Identity",
     "IncompatibleKeys",
+    "LayerNorm",
     "LeakyReLU",
     "Linear",
     "LogSigmoid",
@@ -56,6 +62,7 @@ __all__ = [
     "ModuleError",
     "ModuleList",
     "Parameter",
+    "RMSNorm",
     "ReLU",
     "ReLU6",
     "Sequential",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
 
 from gpugrad import ops
-from gpugrad.core.conversion import tensor
+from gpugrad.backend.random import check_probability
+from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
+from gpugrad.nn.module import write
 from gpugrad.nn.random import Generator, draws_from
-from gpugrad.ops import linalg
+from gpugrad.ops import linalg, normalization
 from gpugrad.ops.losses import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -21,19 +26,22 @@ from gpugrad.ops.losses import (
 )
 
 __all__ = [
+    "batch_norm",
     "binary_cross_entropy_with_logits",
     "celu",
-    "check_probability",
     "cross_entropy",
     "dropout",
     "elu",
+    "embedding",
     "flatten",
     "gelu",
+    "group_norm",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
     "huber_loss",
     "l1_loss",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "log_softmax",
@@ -43,6 +51,7 @@ __all__ = [
     "nll_loss",
     "relu",
     "relu6",
+    "rms_norm",
     "selu",
     "sigmoid",
     "silu",
@@ -54,9 +63,56 @@ __all__ = [
 ]
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input·weightᵀ + bias, for a weight of shape [out_features, in_features]."""
-    return linalg.linear(input, weight, bias)  # type: ignore[no-any-return]
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    """input·weightᵀ + bias, for a weight of shape [out_features, in_features].
+
+    With `activation`, a name such as `"relu"` or `"gelu_tanh"`, that is applied too: product, bias
+    and activation are then one operation, with one backward call for all three gradients.
+    """
+    if activation is None:
+        return linalg.linear(input, weight, bias)  # type: ignore[no-any-return]
+    if bias is None:
+        bias = ops.zeros(weight.shape[:1], dtype=weight.dtype, device=weight.device)
+    return linalg.linear_activation(input, weight, bias, activation)  # type: ignore[no-any-return]
+
+
+def check_dense(max_norm: float | None, sparse: bool) -> None:
+    """Raise ParameterError for the options of PyTorch's embedding that there are not."""
+    if max_norm is not None:
+        raise ParameterError(
+            f"embedding: max_norm={max_norm} would change the table while it is read; shorten its "
+            "rows after each step, under no_grad()"
+        )
+    if sparse:
+        raise ParameterError(
+            "embedding: sparse=True asks for a sparse gradient; gradients are dense, leave it out"
+        )
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """The rows of a table, `weight` of shape [rows, features], that the indices `input` name.
+
+    `padding_idx` is a row without a gradient; `scale_grad_by_freq` divides the gradient of each row
+    by how often it is named. `max_norm` and `sparse` are refused with ParameterError: a forward
+    pass changes no parameter, and gradients are dense.
+
+    >>> import gpugrad as gg
+    >>> embedding(gg.tensor([1, 1]), gg.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([[3., 4.],
+            [3., 4.]])
+    """
+    check_dense(max_norm, sparse)
+    return ops.embedding(input, weight, padding_idx, scale_grad_by_freq)  # type: ignore[no-any-return]
 
 
 # -- activations ---------------------------------------------------------------------------------
@@ -157,6 +213,115 @@ def log_softmax(input: Tensor, dim: int = -1) -> Tensor:
     return ops.log_softmax(input, axis=dim)  # type: ignore[no-any-return]
 
 
+# -- normalisation -------------------------------------------------------------------------------
+
+
+def _last_axes(operation: str, input: Tensor, normalized_shape: Sequence[int] | int) -> int:
+    """How many axes `normalized_shape` names; ShapeError unless they are the last of the input."""
+    wanted = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if not wanted or input.shape[-len(wanted) :] != wanted:
+        raise ShapeError(
+            f"{operation}: input of shape {input.shape} for normalized_shape {wanted}, which are "
+            "the sizes of the last axes; reshape the input, or change normalized_shape"
+        )
+    return len(wanted)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The last axes brought to mean 0 and variance 1 together, times `weight`, plus `bias`."""
+    axes = _last_axes("layer_norm", input, normalized_shape)
+    return ops.layer_norm(input, weight, bias, axes=axes, eps=eps)  # type: ignore[no-any-return]
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int] | int,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """The input over the root of its mean square on the last axes, times `weight`.
+
+    `eps=None` stands for the resolution of the dtype that is computed in: float32 at least.
+    """
+    axes = _last_axes("rms_norm", input, normalized_shape)
+    if eps is None:
+        eps = float(np.finfo("float64" if input.dtype == np.float64 else "float32").eps)
+    return ops.rms_norm(input, weight, axes=axes, eps=eps)  # type: ignore[no-any-return]
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Each group of channels, axis 1, brought to mean 0 and variance 1; then weight and bias."""
+    return ops.group_norm(  # type: ignore[no-any-return]
+        input, weight, bias, groups=num_groups, eps=eps
+    )
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Each channel, axis 1, brought to mean 0 and variance 1; then weight and bias.
+
+    With `training` by the moments of the batch, of which the running ones, if given, take over a
+    share of `momentum`, in place (the variance unbiased); else by the running ones.
+    """
+    if not training:
+        if running_mean is None or running_var is None:
+            raise ParameterError(
+                "batch_norm: without training, running_mean and running_var are needed; give them, "
+                "or training=True for the moments of the batch"
+            )
+        return ops.batch_norm_inference(  # type: ignore[no-any-return]
+            input, running_mean, running_var, weight, bias, eps=eps
+        )
+    count = math.prod(input.shape[:1] + input.shape[2:])
+    if count == 1:
+        raise ShapeError(
+            f"batch_norm: input of shape {input.shape} has one value per channel, whose variance "
+            "says nothing; train with larger batches, or call eval() to use the running averages"
+        )
+    with no_grad():
+        mean, rest, var = normalization.batch_moments(input)
+    y = normalization.batch_norm_training(
+        input, weight, bias, eps=eps, moments=(mean.data, rest.data, var.data)
+    )
+    if count:
+        with no_grad():
+            _take_over(running_mean, mean, momentum)
+            _take_over(running_var, var * (count / (count - 1)), momentum)
+    return y  # type: ignore[no-any-return]
+
+
+def _take_over(running: Tensor | None, new: Tensor, share: float | Tensor) -> None:
+    """Let a running average take over a share of a new value."""
+    if running is not None:
+        if running.shape != new.shape:
+            raise ShapeError(
+                f"batch_norm: running averages of shape {running.shape} for {new.shape[0]} "
+                "channels; they hold one element per channel"
+            )
+        new = new.to(dtype=running.dtype)
+        write(running, running + share * (new - running))
+
+
 # -- shape and noise -----------------------------------------------------------------------------
 
 
@@ -181,19 +346,14 @@ def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     )
 
 
-def check_probability(p: float) -> None:
-    """Raise ParameterError unless `p` is a number from 0 to 1."""
-    if not 0 <= p <= 1:
-        raise ParameterError(f"dropout: p is a probability from 0 to 1, got {p}")
-
-
 def dropout(
     input: Tensor, p: float = 0.5, training: bool = True, *, generator: Generator | None = None
 ) -> Tensor:
     """The input with each element set to zero with probability `p`, and the rest times 1/(1−p).
 
-    The mask is a function of the generator's seed and of how many arrays it has drawn. It is made
-    on the host and sent to the input's device; nothing is read back.
+    What is dropped is a function of the generator's seed and of how many arrays it has drawn, the
+    same on every device. It is decided where the input is, and decided again in the backward pass:
+    no mask is stored or moved.
 
     >>> import gpugrad as gg
     >>> dropout(gg.tensor([1.0, 2.0]), training=False)
@@ -202,9 +362,4 @@ def dropout(
     check_probability(p)
     if not training or p == 0:
         return input
-    keep = 1 - p
-    kept = draws_from(generator).uniform(input.shape) < keep
-    mask = kept.astype(input.dtype)
-    if keep:
-        mask *= 1 / keep
-    return input * tensor(mask, device=input.device)
+    return ops.dropout(input, p, *draws_from(generator).stream())  # type: ignore[no-any-return]

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import backend_for_device
+from gpugrad.backend.random import check_probability
+from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ShapeError
 from gpugrad.nn import functional as F
 from gpugrad.nn import init
 from gpugrad.nn.module import Module, Parameter
 from gpugrad.nn.random import Generator, draws_from
+from gpugrad.ops.embeddings import row_of_padding
 
-__all__ = ["Dropout", "Flatten", "Identity", "Linear"]
+__all__ = ["Dropout", "Embedding", "Flatten", "Identity", "Linear"]
 
 
 def _empty(shape: tuple[int, ...], device: str | None, dtype: Any) -> Parameter:
@@ -85,6 +88,103 @@ class Linear(Module):
         return f"{type(self).__name__} {self.in_features}->{self.out_features}"
 
 
+class Embedding(Module):
+    """A table with a row of `embedding_dim` numbers for each of `num_embeddings` words.
+
+    Rows start normally distributed with standard deviation 1, that of `padding_idx` with zeros; it
+    gets no gradient, so it stays as it is. Names and meaning are PyTorch's; of its options,
+    `max_norm` and `sparse` are refused, as :func:`gpugrad.nn.functional.embedding` says.
+
+    >>> import gpugrad as gg
+    >>> table = Embedding(10, 3, padding_idx=0)
+    >>> table(gg.tensor([[1, 2, 0, 0]])).shape
+    (1, 4, 3)
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+        _weight: Tensor | None = None,
+        _freeze: bool = False,
+        device: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ShapeError(
+                f"Embedding({num_embeddings}, {embedding_dim}): at least 1 row and 1 column are "
+                "needed"
+            )
+        F.check_dense(max_norm, sparse)
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx = row_of_padding(padding_idx, num_embeddings)
+        self.scale_grad_by_freq = scale_grad_by_freq
+        if _weight is None:
+            self.weight = _empty((num_embeddings, embedding_dim), device, dtype)
+            self.reset_parameters()
+        else:
+            self.weight = Parameter(_weight, requires_grad=False)
+        self.weight.requires_grad_(not _freeze)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        embeddings: Tensor,
+        freeze: bool = True,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> Embedding:
+        """The layer with `embeddings`, shape [num_embeddings, embedding_dim], as its table.
+
+        It shares their memory. `freeze` leaves the table out of training.
+
+        >>> import gpugrad as gg
+        >>> Embedding.from_pretrained(gg.tensor([[1.0, 2.0]]))(gg.tensor([0]))
+        tensor([[1., 2.]])
+        """
+        if embeddings.ndim != 2:
+            raise ShapeError(
+                f"Embedding.from_pretrained: embeddings of shape {embeddings.shape}; a table has "
+                "two axes, [num_embeddings, embedding_dim]"
+            )
+        rows, columns = embeddings.shape
+        return cls(
+            rows, columns, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
+            embeddings, freeze,
+        )  # fmt: skip
+
+    def reset_parameters(self, generator: Generator | None = None) -> None:
+        """Draw the table anew."""
+        init.normal_(self.weight, generator=generator)
+        if self.padding_idx is not None:
+            with no_grad():
+                self.weight[self.padding_idx] = 0.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(
+            input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_embeddings}, {self.embedding_dim}"
+        if self.padding_idx is not None:
+            text += f", padding_idx={self.padding_idx}"
+        return text + ", scale_grad_by_freq=True" * self.scale_grad_by_freq
+
+    def label(self) -> str:
+        return f"{type(self).__name__} {self.num_embeddings}x{self.embedding_dim}"
+
+
 class Identity(Module):
     """Returns its input. Takes, and ignores, any arguments, so that it can stand for any layer."""
 
@@ -119,9 +219,9 @@ class Dropout(Module):
     """In training mode, sets each element to zero with probability `p` and scales the rest.
 
     The rest is multiplied by 1/(1−p), so that the expected value stays; in evaluation mode the
-    input passes unchanged. The mask depends on the generator's seed and on how many arrays it has
-    drawn, and is the same on every backend. Srivastava et al., "Dropout: a simple way to prevent
-    neural networks from overfitting" (2014).
+    input passes unchanged. What is dropped depends on the generator's seed and on how many arrays
+    it has drawn, and is the same on every backend. Srivastava et al., "Dropout: a simple way to
+    prevent neural networks from overfitting" (2014).
 
     >>> import gpugrad as gg
     >>> drop = Dropout(0.5, generator=Generator(0))
@@ -133,7 +233,7 @@ class Dropout(Module):
 
     def __init__(self, p: float = 0.5, *, generator: Generator | None = None) -> None:
         super().__init__()
-        F.check_probability(p)
+        check_probability(p)
         self.p = p
         self.generator = generator
 

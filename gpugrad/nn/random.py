@@ -18,7 +18,9 @@ class Generator:
 
     The numbers come from Philox, a block cipher run over a counter (Salmon et al., "Parallel random
     numbers: as easy as 1, 2, 3", 2011): draw number `draws` of seed `seed` is always the same, on
-    every backend. They are made in float64 on the host; whoever asks moves them to a device.
+    every backend. :meth:`uniform` and :meth:`normal` make them in float64 on the host, and whoever
+    asks moves them to a device. :meth:`stream` only names a draw: dropout makes its numbers where
+    they are used.
 
     >>> generator = Generator(0)
     >>> state = generator.state
@@ -58,6 +60,19 @@ class Generator:
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
         """Numbers from the standard normal distribution."""
         return self._next().standard_normal(shape)
+
+    def stream(self) -> tuple[int, int]:
+        """Two numbers of 64 bits that stand for one draw: the `seed` and `offset` of an operation.
+
+        The seed is the generator's own, folded in half if it is longer.
+
+        >>> generator = Generator(7)
+        >>> generator.stream(), generator.stream()
+        ((7, 0), (7, 1))
+        """
+        offset = self.draws
+        self.draws += 1
+        return (self.seed ^ self.seed >> 64) & (1 << 64) - 1, offset
 
     def _next(self) -> np.random.Generator:
         # Draws differ in the upper half of the 256-bit counter: no two can overlap.

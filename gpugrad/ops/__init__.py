@@ -11,6 +11,7 @@ from gpugrad.ops.comparison import *
 from gpugrad.ops.contraction import *
 from gpugrad.ops.creation import *
 from gpugrad.ops.dtypes import *
+from gpugrad.ops.embeddings import *
 from gpugrad.ops.exponential import *
 from gpugrad.ops.fused import *
 from gpugrad.ops.indexing import *
@@ -19,6 +20,8 @@ from gpugrad.ops.linalg import *
 from gpugrad.ops.losses import *
 from gpugrad.ops.manipulation import *
 from gpugrad.ops.methods import attach
+from gpugrad.ops.normalization import *
+from gpugrad.ops.random import *
 from gpugrad.ops.reductions import *
 from gpugrad.ops.trigonometric import *
 

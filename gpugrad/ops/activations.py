@@ -542,9 +542,21 @@ def _softmax(x: Any, axis: int = -1) -> Any:
     return e / np.sum(e, axis=axis, keepdims=True)
 
 
+@fusible
+def softmax_backward(m: Any, g: Any, y: Any, axis: Any = -1) -> Any:
+    """What the Jacobian of softmax, which is symmetric, makes of ``g``."""
+    return y * (g - _total(m, g * y, axis))
+
+
+@fusible
+def log_softmax_backward(m: Any, g: Any, y: Any, axis: Any = -1) -> Any:
+    """What the transposed Jacobian of log_softmax makes of ``g``."""
+    return g - m.exp(y) * _total(m, g, axis)
+
+
 @primitive(
-    vjps=(lambda g, m, y, axis: y * (g - _total(m, g * y, axis)),),
-    jvps=(lambda t, m, y, axis: y * (t - _total(m, t * y, axis)),),
+    vjps=(softmax_backward,),
+    jvps=(lambda t, m, y, axis: softmax_backward(m, t, y, axis),),
     broadcasts=False,
     samples=_rows,
     reference=_softmax,
@@ -565,7 +577,7 @@ def softmax(m: Backend, x: Array, /, axis: int = -1) -> Array:
 
 
 @primitive(
-    vjps=(lambda g, m, y, axis: g - m.exp(y) * _total(m, g, axis),),
+    vjps=(log_softmax_backward,),
     jvps=(lambda t, m, y, axis: t - _total(m, m.exp(y) * t, axis),),
     broadcasts=False,
     samples=lambda: [s for s in _rows() if s.smooth],

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, raw_index
@@ -108,14 +109,28 @@ def _counted(
     return counts, index, weights
 
 
-def _class_cross_entropy_vjp(
-    g: Array, m: Any, input: Array, target: Array, weight: Array | None, ignore_index: int,
-    reduction: str, label_smoothing: float,
-) -> Array:  # fmt: skip
-    """With t the target distribution times the class weights: softmax times sum(t), less t."""
+@fusible
+def class_cross_entropy_backward(
+    m: Any,
+    input: Array,
+    g: Array,
+    target: Array,
+    weight: Array | None,
+    largest: Array,
+    total: Array,
+    counted: Array,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Array:
+    """With t the target distribution times the class weights: softmax times sum(t), less t.
+
+    ``largest`` and ``total`` save a kernel a pass over the logits. They count as constants when
+    this is recorded, so the text itself starts from the logits.
+    """
     counts, index, weights = _counted(m, input, target, weight, ignore_index)
     if reduction == "mean":
-        g = g / m.sum(weights)
+        g = g / counted
     row = (1.0 - label_smoothing) * g * weights
     at = m.expand_dims(index, axis=1)
     t = m.scatter_add_along_axis(m.expand_dims(row, axis=1), at, tuple(input.shape), 1)
@@ -128,7 +143,8 @@ def _class_cross_entropy_vjp(
         else:
             row = row + spread * m.sum(weight)
             t = t + m.expand_dims(spread, axis=1) * _per_class(m, weight, input.ndim)
-    return m.softmax(input, axis=1) * m.expand_dims(row, axis=1) - t
+    kept = m.where(m.expand_dims(counts != 0, axis=1), input, 0.0)  # padding may hold NaN
+    return m.softmax(kept, axis=1) * m.expand_dims(row, axis=1) - t
 
 
 def _per_class(m: Any, weight: Array, ndim: int) -> Array:
@@ -171,7 +187,8 @@ def _numpy_cross_entropy(
 
 
 @primitive(
-    vjps=(_class_cross_entropy_vjp, None, None),
+    vjps=(class_cross_entropy_backward, None, None),
+    aux=("largest", "total", "counted"),
     samples=_class_samples,
     reference=_numpy_cross_entropy,
 )
@@ -184,10 +201,12 @@ def class_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> Array:
+) -> Any:
     """Cross-entropy with class indices: what :func:`cross_entropy` records for them.
 
-    Its node keeps the logits and the targets, nothing of the size of the logits besides.
+    Its node keeps the logits and the targets, and of the size of the targets the largest logit and
+    the sum of the exponentials, relative to it; nothing of the size of the logits besides. Targets
+    are taken to be classes: :func:`cross_entropy` has looked.
 
     >>> import gpugrad as gg
     >>> from gpugrad.ops.losses import class_cross_entropy
@@ -196,25 +215,31 @@ def class_cross_entropy(
     """
     _check_classes("cross_entropy", input, target, weight)
     classes = input.shape[1]
-    _check_range("cross_entropy", m, target, ignore_index, classes)
     dtype = input.dtype
     if m.numpy_dtype(input).itemsize == 2:
         input = m.astype(input, m.dtype("float32"))
     counts, index, weights = _counted(m, input, target, weight, ignore_index)
-    z = input - m.max(input, axis=1, keepdims=True)
-    log_total = m.log(m.sum(m.exp(z), axis=1))
-    loss = m.where(counts != 0, log_total - _picked(m, z, index), 0.0) * weights
+    counted = m.sum(weights)
+    largest = m.max(input, axis=1)
+    z = input - m.expand_dims(largest, axis=1)
+    total = m.sum(m.exp(z), axis=1)
+    log_total = m.log(total)
+    valid = counts != 0
+    loss = m.where(valid, log_total - _picked(m, z, index), 0.0) * weights
     if label_smoothing:
         if weight is None:
             even = log_total * classes - m.sum(z, axis=1)
         else:
             even = log_total * m.sum(weight) - m.sum(z * _per_class(m, weight, z.ndim), axis=1)
-        loss = (1.0 - label_smoothing) * loss + (label_smoothing / classes) * counts * even
+        even = m.where(valid, even, 0.0)
+        loss = (1.0 - label_smoothing) * loss + (label_smoothing / classes) * even
     if reduction != "none":
         loss = m.sum(loss)
         if reduction == "mean":
-            loss = loss / m.sum(weights)
-    return loss if loss.dtype == dtype else m.astype(loss, dtype)
+            loss = loss / counted
+    # What is ignored counts as a row of zeros, here and in kernels, which do not look at it.
+    kept = m.where(valid, largest, 0.0), m.where(valid, total, float(classes)), counted
+    return (loss if loss.dtype == dtype else m.astype(loss, dtype), *kept)
 
 
 def _probabilities_samples() -> list[Any]:
@@ -294,6 +319,9 @@ def cross_entropy(
                              ignore_index, reduction, label_smoothing)  # fmt: skip
         return squeeze(loss, axis=0) if reduction == "none" else loss
     if target.dtype.kind in "iu":
+        weight = None if weight is None else _together(input, weight)[1]
+        _check_classes("cross_entropy", input, target, weight)
+        _check_range("cross_entropy", input.backend, target.data, ignore_index, input.shape[1])
         return class_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     if target.dtype.kind == "b":
         raise DTypeError("cross_entropy: target holds class indices or probabilities, not booleans")

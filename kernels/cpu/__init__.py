@@ -5,32 +5,40 @@ how many elements on they are quicker than NumPy.
 """
 
 from gpugrad.backend.kernels import slots
-
-#: Operations that are one formula, of the same name; their derivatives are `name_partial`.
-PLAIN = (
-    "exp", "expm1", "log", "log1p",
-    *(
-        name + part
-        for name in (
-            "erf", "tanh", "sigmoid", "logsigmoid", "softplus", "silu", "mish", "elu", "celu",
-            "selu", "relu", "relu6", "relu_squared", "leaky_relu", "threshold", "hardtanh",
-            "hardsigmoid", "hardswish", "softsign", "tanhshrink",
-        )
-        for part in ("", "_partial")
-    ),
-    "softshrink", "hardshrink", "shrink_partial",
-    "swiglu", "swiglu_gate_partial", "swiglu_value_partial",
-)  # fmt: skip
-
-#: Operations with a parameter `approximate`: the formula itself, or the one by tanh.
-APPROXIMATE = (
-    "gelu", "gelu_partial", "geglu", "geglu_gate_partial", "geglu_value_partial",
-)  # fmt: skip
+from gpugrad.kernels.formula import APPROXIMATE, PLAIN
 
 SLOTS = slots(
     __name__,
     {
         "elementwise": (1 << 14, (*PLAIN, *APPROXIMATE)),
         "bias": (1 << 14, ("bias_activation", "bias_activation_backward")),
+        "dropout": (
+            1 << 12,
+            ("dropout", "bias_activation_dropout", "bias_activation_dropout_backward"),
+        ),
+        # As many indices: their rows have some hundred elements each.
+        "embedding": (1 << 7, ("embedding", "embedding_backward")),
+        "batch_norm": (
+            1 << 12,
+            (
+                "batch_moments", "batch_norm_training", "batch_norm_backward",
+                "batch_norm_inference", "batch_norm_inference_backward",
+            ),
+        ),
+        "norm": (
+            1 << 12,
+            (
+                "layer_norm", "add_layer_norm", "layer_norm_backward",
+                "rms_norm", "add_rms_norm", "rms_norm_backward",
+                "group_norm", "add_group_norm", "group_norm_backward",
+            ),
+        ),
+        "reduce": (1 << 12, ("sum_of_squares", "max_abs", "nonfinite_count", "scaled")),
+        "optimizer": (1 << 14, ("flat_norm", "flat_update")),
+        "softmax": (
+            1 << 14,
+            ("softmax", "softmax_backward", "log_softmax", "log_softmax_backward"),
+        ),
+        "cross_entropy": (1 << 14, ("class_cross_entropy", "class_cross_entropy_backward")),
     },
 )

@@ -17,7 +17,8 @@ from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
-from gpugrad.kernels.cpu.elementwise import BLOCK, LABEL, formula
+from gpugrad.kernels.cpu.elementwise import BLOCK, LABEL
+from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, device, read, to_bits, where, write
 
 Array = np.ndarray[Any, Any]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -13,20 +11,14 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
-from gpugrad.kernels.cpu import APPROXIMATE, PLAIN
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
-from gpugrad.kernels.template import Placeholder, Template, read, write
-from gpugrad.kernels.trace import scalar_function
-from gpugrad.ops import formulas
+from gpugrad.kernels.formula import Formula, formula, map_kernels
+from gpugrad.kernels.template import Placeholder, read, write
 
 LABEL = "numba cpu"
 
 #: Elements that one thread works on at a time: in and out, they stay in its cache.
 BLOCK = 8192
-
-#: Arguments of a formula that are arrays; the others are numbers.
-PLAIN_X = ("g", "x", "y")
-GATES = ("g", "gate", "value")
 
 Array = np.ndarray[Any, Any]
 
@@ -77,52 +69,6 @@ def _blocks3(a: Array, b: Array, c: Array, out: Array, p: Any, q: Any) -> None:
 
 
 _LOOPS = {1: (_map1, _blocks1), 2: (_map2, _blocks2), 3: (_map3, _blocks3)}
-
-
-class Formula:
-    """A formula of `ops/formulas.py` as a scalar template of a fixed signature.
-
-    Attributes
-    ----------
-    operands, numbers:
-        Its arguments after `m`: arrays, and numbers with their default values.
-    scalar:
-        A template of `(operands…, p, q)`: at most two numbers, by position.
-    plain:
-        A template of `(operands…)`, the numbers being the default ones.
-    """
-
-    def __init__(self, formula: Callable[..., Any], name: str) -> None:
-        parameters = dict(inspect.signature(formula).parameters)
-        del parameters["m"]
-        self.name = name
-        self.operands = [p for p in parameters if p in (GATES if "gate" in parameters else PLAIN_X)]
-        self.numbers = {
-            p: 0.0 if parameters[p].default is inspect.Parameter.empty else parameters[p].default
-            for p in parameters
-            if p not in self.operands
-        }
-        spare = [f"unused{i}" for i in range(2 - len(self.numbers))]
-        arguments = [*self.operands, *self.numbers, *spare]
-        self.scalar: Template = scalar_function(formula, f"{name}_of", arguments=arguments)
-        self.plain: Template = scalar_function(formula, f"{name}_plain", fixed=self.numbers)
-
-    def values(self, parameters: dict[str, Any], positional: tuple[Any, ...]) -> list[float]:
-        """The two numbers of a call."""
-        given = {**self.numbers, **dict(zip(self.numbers, positional)), **parameters}
-        return [*(float(given[name]) for name in self.numbers), 0.0, 0.0][:2]
-
-
-@cache
-def formula(name: str) -> Formula:
-    """The compiled side of a formula, by its name; of a plain function such as `exp`, too."""
-    own = getattr(formulas, name, None)
-    if own is None:
-
-        def own(m: Any, x: Any) -> Any:
-            return getattr(m, name)(x)
-
-    return Formula(own, name)
 
 
 def refuse_arrays(*arrays: Any) -> str | None:
@@ -178,33 +124,4 @@ def map_kernel(name: str) -> Kernel:
     return Kernel(run, LABEL, refuse)
 
 
-def approximate_kernel(name: str) -> Kernel:
-    """The kernel of an operation whose parameter `approximate` selects one of two formulas."""
-    tanh_name = name.replace("gelu", "gelu_tanh").replace("geglu", "geglu_tanh")
-    kernels = {"none": map_kernel(name), "tanh": map_kernel(tanh_name)}
-
-    def chosen(args: tuple[Any, ...], approximate: str | None) -> tuple[Kernel, tuple[Any, ...]]:
-        # A rule hands its parameters on by position, a forward by name.
-        if isinstance(args[-1], str):
-            *operands, approximate = args
-            args = tuple(operands)
-        return kernels[approximate or "none"], args
-
-    def run(m: Backend, *args: Any, approximate: str | None = None) -> Array:
-        kernel, operands = chosen(args, approximate)
-        out: Array = kernel.run(m, *operands)
-        return out
-
-    def refuse(m: Backend, *args: Any, approximate: str | None = None) -> str | None:
-        if (wanted := next((a for a in args if isinstance(a, str)), approximate)) not in kernels:
-            return f"no formula for approximate={wanted!r}"
-        kernel, operands = chosen(args, approximate)
-        return kernel.refuse(m, *operands)
-
-    return Kernel(run, LABEL, refuse)
-
-
-KERNELS = {
-    **{name: map_kernel(name) for name in PLAIN},
-    **{name: approximate_kernel(name) for name in APPROXIMATE},
-}
+KERNELS = map_kernels(map_kernel)

@@ -1,4 +1,4 @@
-"""A test of the tests: a kernel with one operator changed no longer agrees with the generic text."""
+"""A test of the tests: a kernel with a changed operator no longer agrees with the generic text."""
 
 import importlib
 import zlib

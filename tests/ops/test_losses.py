@@ -184,13 +184,34 @@ def test_the_mean_over_no_target_is_nan() -> None:
     assert math.isnan(gg.cross_entropy(gg.tensor(LOGITS[:1]), gg.tensor([-100])).item())
 
 
-def test_the_node_keeps_logits_and_targets_only() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_what_is_ignored_may_be_anything(device: str, smoothing: float) -> None:
+    logits = LOGITS[:3].copy()
+    logits[1] = [math.nan, math.inf, 0.0, -math.inf]
+    target = gg.tensor([0, -100, 2], device=device)
+
+    def loss(x: gg.Tensor) -> gg.Tensor:
+        return gg.cross_entropy(x, target, reduction="sum", label_smoothing=smoothing)
+
+    x = gg.tensor(logits, device=device)
+    with np.errstate(invalid="ignore"):
+        y = loss(x)
+        g = gg.grad(loss)(x)
+    assert np.isfinite(host(y))
+    assert np.all(np.isfinite(host(g)))
+    assert not host(g)[1].any()
+
+
+def test_the_node_keeps_no_probabilities() -> None:
     x = gg.tensor(LOGITS, requires_grad=True)
     y = gg.cross_entropy(x, gg.tensor(CLASSES))
     saved = y.grad_fn.saved()
     assert y.grad_fn.primitive.name == "class_cross_entropy"
     assert saved["input"] is x.data
-    assert sum(v.nbytes for v in saved.values() if v is not None) == x.nbytes + CLASSES.nbytes
+    rows = 2 * x.dtype.itemsize * len(CLASSES) + x.dtype.itemsize  # two numbers each, and a total
+    kept = x.nbytes + CLASSES.nbytes + rows
+    assert sum(v.nbytes for v in saved.values() if v is not None) == kept
 
 
 def test_half_precision_comes_back_as_it_went_in() -> None:

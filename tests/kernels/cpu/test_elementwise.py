@@ -11,7 +11,8 @@ import pytest
 import gpugrad as gg
 from gpugrad.backend import backend_for_device
 from gpugrad.errors import KernelError
-from gpugrad.kernels.cpu import APPROXIMATE, PLAIN, elementwise
+from gpugrad.kernels.cpu import elementwise
+from gpugrad.kernels.formula import APPROXIMATE, PLAIN, formula
 from tests.kernels.cpu.assembly import assembly, packed
 from tests.kernels.parity import DTYPES, EPS, layouts, run, wide
 
@@ -173,8 +174,8 @@ def test_several_threads_call_at_once():
 @pytest.mark.parametrize("name", [*PLAIN, *APPROXIMATE])
 def test_loops_are_vectorised(name):
     """More packed arithmetic than scalar: the loop, and not only its remainder."""
-    loop = elementwise._loops(name, len(elementwise.formula(name).operands))[0]["float32"]
-    n = len(elementwise.formula(name).operands)
+    loop = elementwise._loops(name, len(formula(name).operands))[0]["float32"]
+    n = len(formula(name).operands)
     arrays = [np.ones(64, "float32") for _ in range(n + 1)]
     text = assembly(loop, *arrays, np.float32(1), np.float32(1))
     assert packed(text) >= 4, f"{name}: {packed(text)} packed instructions"

@@ -1,0 +1,314 @@
+"""Matrix products of NumPy arrays, on the threads of the one pool.
+
+What is computed by NumPy itself: dtypes other than float32 and float64, and everything where NumPy
+has another BLAS than OpenBLAS. An operand none of whose axes is contiguous is copied. A result goes
+straight into the array given for it, and is added to what that holds if so wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from threading import RLock
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from gpugrad.backend import Backend
+from gpugrad.backend.kernels import Kernel, kernel_mode
+from gpugrad.errors import DTypeError, ParameterError, ShapeError
+from gpugrad.kernels.cpu import pool
+from gpugrad.kernels.cpu.compile import CPU
+from gpugrad.kernels.cpu.gemm import (
+    GRAIN,
+    STRIP,
+    available,
+    gemm,
+    many_alone,
+    many_threaded,
+    one,
+)
+
+__all__ = ["available", "gemm", "matmul", "sumsq_size"]
+
+LABEL = "openblas, one pool"
+
+Array = np.ndarray[Any, Any]
+
+_compiling = RLock()
+
+
+class _Compiled:
+    """The products of one dtype, compiled once for all layouts: strides are read when they run."""
+
+    def __init__(self, storage: str) -> None:
+        pool.start()
+        self._storage = storage
+        self._many: pool.Launch | None = None
+        self.one = self._fixed(one[storage], 2)
+        self.alone = self._fixed(many_alone[storage], 4, types.float64[::1], types.int64)
+
+    @property
+    def many(self) -> pool.Launch:
+        """Compiled when the first large product comes."""
+        if self._many is None:
+            with _compiling:
+                if self._many is None:
+                    threaded = many_threaded.instance(CPU, self._storage)
+                    self._many = pool.Launch(
+                        self._fixed(threaded, 4, types.float64[::1], types.int64), self.alone
+                    )
+        return self._many
+
+    def _fixed(self, dispatcher: Any, axes: int, *more: Any) -> Any:
+        real = getattr(types, self._storage)
+        operand = types.Array(real, axes, "A", readonly=True, aligned=False)
+        out = types.Array(real, axes, "A", aligned=False)
+        dispatcher.compile((operand, operand, out, real, *more))
+        dispatcher.disable_compile()
+        return dispatcher
+
+
+class _ByDtype(dict[Any, "_Compiled | None"]):
+    def __missing__(self, dtype: Any) -> _Compiled | None:
+        takes = dtype in (np.float32, np.float64) and dtype.isnative and available() is None
+        with _compiling:
+            if dtype not in self:
+                self[dtype] = _Compiled(dtype.name) if takes else None
+            return self[dtype]
+
+
+_compiled = _ByDtype()
+_NO_SUMS = np.empty(0)
+
+
+def matmul(
+    a: Array,
+    b: Array,
+    /,
+    out: Array | None = None,
+    *,
+    accumulate: bool = False,
+    sumsq: Array | None = None,
+) -> Array:
+    """The product of two arrays, as `numpy.matmul` defines it.
+
+    Parameters
+    ----------
+    a, b:
+        Of at least one axis. Matrices lie in the last two; the axes before them broadcast.
+    out:
+        Where to put the result: an array of its shape and dtype, with any strides.
+    accumulate:
+        Add the product to what `out` holds.
+    sumsq:
+        For a result of at least two axes, a float64 array of ``sumsq_size(shape)`` elements. They
+        are set so that their sum is the sum of squares of the elements of the result, taken while
+        those are in the cache. Which elements add up to which number depends on the shape alone.
+
+    Returns
+    -------
+    `out`, or a new array. Arrays that are not both float32 or both float64 are left to NumPy.
+
+    Raises ShapeError when the shapes do not fit, DTypeError for an `out` of another dtype.
+
+    >>> import numpy as np
+    >>> from gpugrad.kernels.cpu.products import matmul
+    >>> total = np.ones((2, 2), np.float32)
+    >>> matmul(np.eye(2, dtype=np.float32), total.copy(), total, accumulate=True)
+    array([[2., 2.],
+           [2., 2.]], dtype=float32)
+    """
+    compiled = _compiled[a.dtype]
+    if compiled is None or a.dtype != b.dtype:
+        return _by_numpy(a, b, out, accumulate, sumsq)
+    left, right = a.shape, b.shape
+    if len(left) == 2 == len(right) and left[1] == right[0] and sumsq is None:
+        # The common case, without the general one's price.
+        made = None
+        if out is None:
+            if not accumulate:
+                made = np.empty((left[0], right[1]), a.dtype)
+        elif out.shape == (left[0], right[1]) and out.dtype == a.dtype and out.flags.writeable:
+            made = out
+        if made is not None:
+            if left[0] * left[1] * right[1] >= 2 * GRAIN:
+                if _written(compiled, a, b, made, (), accumulate, None):
+                    return made
+            elif not compiled.one(a, b, made, 1.0 if accumulate else 0.0):
+                return made
+    return _general(compiled, a, b, out, accumulate, sumsq)
+
+
+def sumsq_size(shape: tuple[int, ...]) -> int:
+    """Elements of the array `sumsq` for a result of this shape.
+
+    >>> from gpugrad.kernels.cpu.products import sumsq_size
+    >>> sumsq_size((100, 20))
+    7
+    """
+    *batch, m, n = shape
+    return math.prod(batch) * -(-max(m, n) // STRIP)
+
+
+def _general(
+    compiled: _Compiled,
+    a: Array,
+    b: Array,
+    out: Array | None,
+    accumulate: bool,
+    sumsq: Array | None,
+) -> Array:
+    """The same for any number of axes, any size and any layout."""
+    shape, batch = _result_shape(a, b)
+    given = _check_out(out, shape, a.dtype, accumulate)
+    made = np.empty(shape, a.dtype) if given is None else given
+    if sumsq is not None:
+        _check_sumsq(sumsq, shape)
+    left = a if a.ndim > 1 else a[None]
+    right = b if b.ndim > 1 else b[:, None]
+    target = made if b.ndim > 1 else made[..., None]
+    target = target if a.ndim > 1 else target[..., None, :]
+    k = left.shape[-1]
+    if target.size == 0 or k == 0:
+        if not accumulate:
+            target[...] = 0
+        _note_squares(made, sumsq)
+    elif not _written(compiled, left, right, target, batch, accumulate, sumsq):
+        # BLAS cannot write there: no contiguous axis, or an operand lies in the same memory.
+        fresh = _general(compiled, a, b, None, False, None)
+        np.add(made, fresh, out=made) if accumulate else np.copyto(made, fresh)
+        _note_squares(made, sumsq)
+    return made if made.ndim or given is not None else made[()]
+
+
+def _written(
+    compiled: _Compiled,
+    a: Array,
+    b: Array,
+    out: Array,
+    batch: tuple[int, ...],
+    accumulate: bool,
+    sumsq: Array | None,
+) -> bool:
+    """Put the product into `out`, if BLAS can write there. All arrays have two axes or more."""
+    if b.ndim == 2 < a.ndim and sumsq is None and a.flags.c_contiguous and out.flags.c_contiguous:
+        # The rows of all the matrices on the left follow each other, as those of one.
+        a, out, batch = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1]), ()
+    if len(batch) > 2 and not out.flags.c_contiguous:
+        return False
+    work = out.size * a.shape[-1]
+    threads = pool.get_num_threads() if work >= 2 * GRAIN else 1
+    run = compiled.many if threads > 1 else compiled.alone
+    more = (1.0 if accumulate else 0.0, _NO_SUMS if sumsq is None else sumsq, threads)
+    left, right, target = (_four_axes(x, batch) for x in (a, b, out))
+    found = run(left, right, target, *more)
+    if 0 < found < 4:
+        left = left.copy() if found & 1 else left
+        right = right.copy() if found & 2 else right
+        found = run(left, right, target, *more)
+    return not found
+
+
+def _four_axes(x: Array, batch: tuple[int, ...]) -> Array:
+    """`x` with two axes for the batch, of length 1 where it is broadcast."""
+    own = x.shape[:-2]
+    if len(batch) <= 2:
+        return x[(None,) * (2 - len(own))]
+    own = (1,) * (len(batch) - len(own)) + own
+    head = own[:-1]
+    if head != batch[:-1] and math.prod(head) != 1:
+        head = batch[:-1]
+        x = np.broadcast_to(x, (*head, own[-1], *x.shape[-2:]))
+    return x.reshape(math.prod(head), own[-1], *x.shape[-2:])
+
+
+def _result_shape(a: Array, b: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a product, and the part of it that counts matrices."""
+    met = f"matmul: shapes {a.shape} and {b.shape}"
+    if a.ndim == 0 or b.ndim == 0:
+        raise ShapeError(f"{met}: a 0-d operand has no axis to sum over; multiply it instead")
+    if a.shape[-1] != b.shape[max(b.ndim - 2, 0)]:
+        raise ShapeError(
+            f"{met} do not fit: {a.shape[-1]} columns meet {b.shape[max(b.ndim - 2, 0)]} rows"
+        )
+    one, other = a.shape[:-2], b.shape[:-2]
+    if not all(p == q or p == 1 or q == 1 for p, q in zip(one[::-1], other[::-1])):
+        raise ShapeError(f"{met} do not fit: the stacks {one} and {other} do not broadcast")
+    batch = np.broadcast_shapes(one, other) if one and other else one or other
+    return (*batch, *a.shape[-2:-1], *(b.shape[-1:] if b.ndim > 1 else ())), batch
+
+
+def _check_out(
+    out: Array | None, shape: tuple[int, ...], dtype: Any, accumulate: bool
+) -> Array | None:
+    if out is None:
+        if accumulate:
+            raise ParameterError("matmul: accumulate=True needs an array to add to; give it as out")
+    elif out.shape != shape:
+        raise ShapeError(f"matmul: out has shape {out.shape}, and the product {shape}")
+    elif out.dtype != dtype:
+        raise DTypeError(f"matmul: out holds {out.dtype}, and the product is {dtype}")
+    elif not out.flags.writeable:
+        raise ParameterError("matmul: out is read-only; give an array that can be written to")
+    return out
+
+
+def _check_sumsq(sumsq: Array, shape: tuple[int, ...]) -> None:
+    if len(shape) < 2:
+        raise ShapeError(f"matmul: sums of squares are of matrices; the product has shape {shape}")
+    size = sumsq_size(shape)
+    if sumsq.shape != (size,) or sumsq.dtype != np.float64 or not sumsq.flags.carray:
+        raise ShapeError(
+            f"matmul: sumsq must be a contiguous float64 array of shape ({size},), not "
+            f"{sumsq.dtype} of {sumsq.shape}"
+        )
+
+
+def _note_squares(x: Array, sumsq: Array | None) -> None:
+    """The sums of squares where they were not taken on the way."""
+    if sumsq is not None and sumsq.size:
+        sumsq[:] = 0
+        sumsq[0] = np.square(x, dtype=np.float64).sum()
+
+
+def _by_numpy(
+    a: Array, b: Array, out: Array | None, accumulate: bool, sumsq: Array | None
+) -> Array:
+    """What compiled products do not take: other dtypes, and a NumPy with another BLAS."""
+    if out is None:
+        shape, _ = _result_shape(a, b)
+        _check_out(None, shape, None, accumulate)
+        made: Array = np.matmul(a, b)
+    elif accumulate:
+        made = np.add(out, np.matmul(a, b), out=out)
+    else:
+        made = np.matmul(a, b, out=out)
+    if sumsq is not None:
+        _check_sumsq(sumsq, made.shape)
+        _note_squares(made, sumsq)
+    return made
+
+
+# -- the slot -------------------------------------------------------------------------------------
+
+
+def refuse(m: Backend, a: Any, b: Any) -> str | None:
+    """Why NumPy is the better choice for these operands."""
+    for x in (a, b):
+        if not isinstance(x, np.ndarray) or x.ndim == 0:
+            return f"a {type(x).__name__} without axes among the operands"
+    if a.dtype != b.dtype:
+        return f"operands of {a.dtype} and {b.dtype}"
+    if _compiled[a.dtype] is None:
+        return available() or f"no products for {a.dtype}"
+    if a.size * b.shape[-1] < 2 * GRAIN and kernel_mode() != "require":
+        return "so few multiply-adds that NumPy is as quick"
+    return None
+
+
+def _run(m: Backend, a: Array, b: Array) -> Array:
+    return matmul(a, b)
+
+
+KERNELS = {"matmul": Kernel(_run, LABEL, refuse)}
