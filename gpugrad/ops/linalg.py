@@ -56,9 +56,11 @@ def _matmul_right(g: Array, m: Backend, a: Array, b_shape: tuple[int, ...]) -> A
     if a.ndim == 1:
         column = m.expand_dims(a, axis=-1) if len(b_shape) > 1 else a
         return column * (m.expand_dims(g, axis=-2) if len(b_shape) > 1 else g)
-    if len(b_shape) == 1 or (len(b_shape) == 2 and a.ndim > 2):
+    if len(b_shape) == 1:
         rows = tuple(range(a.ndim - 1))
         return m.tensordot(a, g, axes=(rows, rows))
+    if len(b_shape) == 2:  # all rows of a stack in one product
+        return m.matmul(m.matrix_transpose(_rows(m, a)), _rows(m, g))
     return m.matmul(m.matrix_transpose(a), g)
 
 

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 
 from gpugrad.errors import KernelError
 from gpugrad.kernels import template
+from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.disk import cache_folder
 from gpugrad.kernels.template import Template, arithmetic
 
@@ -66,14 +67,21 @@ class _Cpu:
             return njit(fastmath=SCALAR, forceinline=True, **options)(function)
         if role == "serial":
             # In a caller's loop it would be compiled as a part of that, and no longer vectorised.
-            options["inline"] = "never"
-        elif role == "parallel":
-            options["parallel"] = True
-        else:
-            raise KernelError(f"{function.__name__}: the CPU has no kernels of role {role!r}")
-        made = njit(fastmath=LOOP, **options)(function)
-        made._cache = _Cache(function)
-        return made
+            return _kept(function, inline="never", **options)
+        if role == "parallel":
+            alone = FunctionType(
+                function.__code__, function.__globals__, f"{function.__name__}_alone"
+            )
+            alone.__qualname__, alone.__module__ = alone.__name__, function.__module__
+            return pool.Launch(_kept(function, parallel=True, **options), _kept(alone, **options))
+        raise KernelError(f"{function.__name__}: the CPU has no kernels of role {role!r}")
+
+
+def _kept(function: Callable[..., Any], **options: Any) -> Any:
+    """A loop whose machine code is kept on disk."""
+    made = njit(fastmath=LOOP, **options)(function)
+    made._cache = _Cache(function)
+    return made
 
 
 CPU = _Cpu()

@@ -29,7 +29,7 @@ LABEL = "numba cpu"
 BLOCK = 8192
 
 #: Blocks that one thread is done with before others are awake.
-FEW = 12
+FEW = 24
 
 #: A sum of squares below this may have lost some that are too small for single precision.
 TINY = float(np.finfo(np.float32).smallest_normal / np.finfo(np.float32).eps)

@@ -311,4 +311,15 @@ def _run(m: Backend, a: Array, b: Array) -> Array:
     return matmul(a, b)
 
 
-KERNELS = {"matmul": Kernel(_run, LABEL, refuse)}
+def _refuse_into(m: Backend, a: Any, b: Any, out: Any) -> str | None:
+    return refuse(m, a, b)
+
+
+def _run_into(m: Backend, a: Array, b: Array, out: Array) -> Array:
+    return matmul(a, b, out=out)
+
+
+KERNELS = {
+    "matmul": Kernel(_run, LABEL, refuse),
+    "matmul_into": Kernel(_run_into, LABEL, _refuse_into),
+}

@@ -148,7 +148,7 @@ def row_statistics(
     total = T(0)
     i = lane * LANES
     while i + LANES <= n:
-        pack = read_pack(x, start + i, n - i, aligned)
+        pack = read_pack(x, start + i, LANES, aligned)
         top = greatest_of(largest, pack)
         total = sum_exp_of(carried(total, largest, top), pack, base_of(top))
         largest = top

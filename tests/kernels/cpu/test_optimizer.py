@@ -23,7 +23,8 @@ from tests.kernels.cpu.assembly import assembly, packed
 from tests.kernels.parity import DTYPES, EPS, layouts, wide
 
 NUMPY = backend_for_device("cpu")
-SIZES = [0, 1, 31, 8192, 8193, 12 * 8192, 12 * 8192 + 1, 150_001]
+FEW = kernels.FEW * kernels.BLOCK
+SIZES = [0, 1, 31, 8192, 8193, FEW, FEW + 1, FEW + 50_001]
 
 NUMBERS = {
     "lr": 0.1, "momentum": 0.9, "dampening": 0.2, "decay": 0.1, "beta1": 0.8, "gain1": 0.2,
@@ -81,6 +82,21 @@ def test_every_variant_is_the_generic_text(name, flags, dtype) -> None:
             assert a.dtype == old.dtype
             assert close(a, b, dtype)
             assert not np.array_equal(a, old)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("sgd", {"moves": False, "nesterov": False, "decays": True}),
+        ("lion", {"decays": True}),
+        ("adam", {"decays": True, "decoupled": True}),
+        ("rmsprop", {"centered": True, "moves": True, "decays": True}),
+    ],
+)
+def test_every_number_of_states_on_several_threads(name, flags) -> None:
+    made = arrays(name, flags, FEW + 8193, "float32")
+    for a, b in zip(update("require", name, flags, made), update("off", name, flags, made)):
+        assert close(a, b, "float32")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -205,9 +221,9 @@ def test_norms(dtype, size) -> None:
 
 @pytest.mark.parametrize("mode", ["off", "require"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("at", [[0], [100_002], [8191, 8192], [5, 70_000, 99_999]])
+@pytest.mark.parametrize("at", [[0], [300_002], [8191, 8192], [5, 70_000, 299_999]])
 def test_what_is_not_finite_is_counted_and_found(dtype, at, mode) -> None:
-    g = np.random.default_rng(0).standard_normal(100_003).astype(DTYPES[dtype])
+    g = np.random.default_rng(0).standard_normal(300_003).astype(DTYPES[dtype])
     for i, value in zip(at, itertools.cycle((math.nan, -math.inf, math.inf))):
         g[i] = value
     rest = wide(np.delete(g, at))

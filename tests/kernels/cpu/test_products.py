@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.lib.stride_tricks import sliding_window_view
 
 from gpugrad.backend import backend_for_device
 from gpugrad.backend.kernels import use_kernels
@@ -47,7 +48,9 @@ def normal(*shape, dtype="float32", seed=0):
 
 
 LAYOUTS = ("contiguous", "transposed", "stretched", "strided", "reversed", "misaligned",
-           "read-only", "broadcast")  # fmt: skip
+           "read-only", "upside down", "broadcast", "sliding")  # fmt: skip
+
+READ_ONLY = ("read-only", "broadcast", "sliding")
 
 
 def laid(x, layout):
@@ -66,6 +69,12 @@ def laid(x, layout):
         raw = np.empty(x.nbytes + 1, np.uint8)[1:].view(x.dtype).reshape(x.shape)
         raw[...] = x
         return raw
+    if layout == "upside down" and x.ndim > 1:
+        return np.ascontiguousarray(x[..., ::-1, :])[..., ::-1, :]
+    if layout == "sliding" and x.ndim > 1 and x.size:  # each row a step further in the same memory
+        rows, columns = x.shape[-2:]
+        windows = sliding_window_view(np.resize(x, rows + columns - 1), columns)
+        return np.broadcast_to(windows, x.shape)
     if layout == "broadcast" and x.ndim > 1:  # the same row again and again
         return np.broadcast_to(x[..., :1, :], x.shape)
     x = np.ascontiguousarray(x)
@@ -76,7 +85,7 @@ def laid(x, layout):
 
 def placed(x, layout):
     """The same for a result: an array that can be written to."""
-    return laid(x.copy(), "contiguous" if layout in ("read-only", "broadcast") else layout)
+    return laid(x.copy(), "contiguous" if layout in READ_ONLY else layout)
 
 
 operands = st.builds(

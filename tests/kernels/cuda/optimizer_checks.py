@@ -230,6 +230,15 @@ def check_range(storage, finite_only, values=slice(None)):
     check_norm(np.sort(mixed), finite_only)
 
 
+def check_seams():
+    """Packs beside the limits between the three sums: more than one of these counts."""
+    for limit in (gradient.LOW, gradient.HIGH):
+        value = math.sqrt(0.9 * limit.instance(None, "float32") / 4)
+        g = np.full(64, value, np.float32)
+        g[20:24] *= 1.2
+        check_norm(g)
+
+
 def check_float64_range(values=(1e300, 1e-300, 5e-324)):
     """The norm is right even where the squares are beyond double precision."""
     for value in values:

@@ -79,6 +79,7 @@ def check_gradient():
     for places in ([7], [60, 3]):
         mixed[places] = np.inf
         checks.check_norm(mixed, finite_only=True)
+    checks.check_seams()
     checks.check_float64_range([1e300, 1e-300])
     checks.check_infinity("float32")
     checks.check_many(launch.STAND_INS[np.ndarray])
@@ -128,6 +129,6 @@ def test_a_changed_operator_is_noticed(template, number, check):
     with mutated(template, number) as what:
         try:
             check()
-        except (AssertionError, IndexError):
+        except (AssertionError, IndexError, ValueError):
             return
     pytest.fail(f"nobody noticed {what}")

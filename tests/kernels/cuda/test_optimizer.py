@@ -28,7 +28,6 @@ from tests.kernels.cuda.fake_gpu import FakeArray, FakeDriver
 from tests.kernels.cuda.optimizer_checks import ADAMW, DTYPES, LION, NUMBERS, NUMPY, VARIANTS
 from tests.kernels.cuda.ptx_machine import PtxGpu
 from tests.kernels.cuda.ptx_machine import launch as launch_text
-from tests.kernels.cuda.test_ptx import Far
 
 SGD = ("sgd", (False, False, False))
 
@@ -121,6 +120,10 @@ def test_gradients_of_300_in_half_precision(machine):
 @pytest.mark.parametrize("finite_only", [False, True])
 def test_norms_at_the_ends_of_the_range(machine, storage, finite_only):
     checks.check_range(storage, finite_only)
+
+
+def test_norms_between_the_ranges(machine):
+    checks.check_seams()
 
 
 def test_norms_beyond_the_squares_of_double_precision(machine):
@@ -393,21 +396,33 @@ def test_a_variant_that_does_not_ship(architecture):
     assert offline.accesses(text, "bfloat16") == (5, 4)
 
 
+class Far:
+    """A huge array in a place of its own, of which only a few bytes are ever touched."""
+
+    def __init__(self, size, place):
+        self.size = size
+        self.address = place << 44
+        self.bytes = {}
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, part):
+        return bytes(self.bytes.get(i, 0) for i in range(part.start, part.stop))
+
+    def __setitem__(self, part, value):
+        self.bytes.update(zip(range(part.start, part.stop), value))
+
+
 COUNT = 2**31 + 2**20 + 3
 
 
-def far(size, place):
-    array = Far(size)
-    array.address = place << 44
-    return array
-
-
 def test_gradients_of_more_elements_than_31_bits_can_count():
-    g = far(4 * COUNT, 1)
+    g = Far(4 * COUNT, 1)
     g[4 * (COUNT - 1) : 4 * COUNT] = np.float32(math.nan).tobytes()
     g[4 * (COUNT - 2) : 4 * (COUNT - 1)] = np.float32(3).tobytes()
     blocks = -(-COUNT // (32 * 4))
-    sums, marks = far(16 * blocks, 2), far(16 * blocks + 8, 3)
+    sums, marks = Far(16 * blocks, 2), Far(16 * blocks + 8, 3)
     text = gradient.measure_kernel["float32"].ptx()
     count = np.array([5])
     arguments = (g, count, sums, marks, COUNT, 1, 1)
@@ -419,7 +434,7 @@ def test_gradients_of_more_elements_than_31_bits_can_count():
 
 
 def test_parameters_of_more_elements_than_31_bits_can_count():
-    p, g = far(4 * COUNT, 1), far(4 * COUNT, 2)
+    p, g = Far(4 * COUNT, 1), Far(4 * COUNT, 2)
     last = slice(4 * (COUNT - 1), 4 * COUNT)
     p[last], g[last] = np.float32(3).tobytes(), np.float32(8).tobytes()
     blocks = -(-COUNT // (32 * 4))

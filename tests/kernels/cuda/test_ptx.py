@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 
 from gpugrad.kernels.cuda import bias, elementwise, launch, reduce
-from gpugrad.kernels.formula import APPROXIMATE, PLAIN
+from gpugrad.kernels.formula import APPROXIMATE, PLAIN, approximated
 from tests.kernels.cuda import checks
 from tests.kernels.cuda.checks import DTYPES
 from tests.kernels.cuda.ptx_machine import PtxGpu
 from tests.kernels.cuda.ptx_machine import launch as launch_text
 
-MAPS = sorted(
-    {*PLAIN, *(elementwise._approximated(n, a) for n in APPROXIMATE for a in ("none", "tanh"))}
-)
+MAPS = sorted({*PLAIN, *(one for n in APPROXIMATE for one in approximated(n).values())})
 
 
 @pytest.fixture(autouse=True)
