@@ -17,7 +17,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
 
-NAMES = ("overhead", "import_time", "long_chain", "leak", "main_job")
+NAMES = (
+    "overhead", "import_time", "long_chain", "leak", "main_job",
+    "bias_gelu", "optimizer", "softmax", "norm", "products", "dropout", "embedding",
+)  # fmt: skip
 BEGIN, END = "<!-- begin: written by bench/run.py -->", "<!-- end -->"
 
 
