@@ -569,15 +569,8 @@ def batch_norm_inference_backward(
     return standardize.gradients_by(m, g, x, mean, var, weight, layout, eps, needs)
 
 
-def _batch_norm_inference_vjp(
-    g: Array, m: Any, x: Array, mean: Array, var: Array, weight: Array | None, eps: float,
-    needs: Needs,
-) -> Gradients:  # fmt: skip
-    return batch_norm_inference_backward(m, g, x, mean, var, weight, eps, needs)
-
-
 @primitive(
-    vjp=_batch_norm_inference_vjp,
+    vjp=batch_norm_inference_backward,
     broadcasts=False,
     samples=_inference_samples,
     reference=_numpy_inference,

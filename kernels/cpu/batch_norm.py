@@ -24,14 +24,12 @@ from gpugrad.kernels.cpu.elementwise import LABEL, refuse_arrays
 from gpugrad.kernels.cpu.norm import BLOCK, folded, kind_of, matrix, refuse_parameters, vector
 from gpugrad.kernels.cpu.rows import (
     alone,
-    difference,
-    from_mean,
-    rounded_off,
     row_moments,
     scale_segments,
     segment_gradients,
     segment_sums,
 )
+from gpugrad.kernels.moments import difference, from_mean, rounded_off
 from gpugrad.kernels.template import T, read, write
 
 Array = np.ndarray[Any, Any]

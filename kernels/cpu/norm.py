@@ -29,7 +29,6 @@ from gpugrad.kernels.cpu.rows import (
     as_it_is,
     as_zero,
     fold_rows,
-    from_mean,
     from_zero,
     group_levels,
     invert,
@@ -47,6 +46,7 @@ from gpugrad.kernels.cpu.rows import (
     to_weight,
     with_more,
 )
+from gpugrad.kernels.moments import from_mean
 from gpugrad.kernels.template import arithmetic
 
 Array = np.ndarray[Any, Any]

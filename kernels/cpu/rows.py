@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.kernels.cpu.compile import serial
+from gpugrad.kernels.moments import difference, from_mean, gradient, rounded_off, scaled
 from gpugrad.kernels.template import Placeholder, T, device, read, sqrt, write
 
 Array = np.ndarray[Any, Any]
@@ -29,31 +30,13 @@ plus: Any = Placeholder("plus")
 
 
 # -- one element ----------------------------------------------------------------------------------
-# Differences are taken in functions of their own, in which the compiler may not reorder.
-
-
-@device
-def difference(x, y):
-    """How far `x` is from `y`."""
-    return x - y
-
-
-@device
-def from_mean(x, mean, rest):
-    """How far `x` is from a mean of two parts."""
-    return (x - mean) - rest
+# What is common to all targets is in `kernels/moments.py`.
 
 
 @device
 def from_zero(x, mean, rest):
     """Stands for :func:`from_mean` where there is no mean."""
     return x
-
-
-@device
-def rounded_off(first, offset, mean):
-    """What rounding left of `first + offset`, which became `mean`."""
-    return (first - mean) + offset
 
 
 @device
@@ -182,8 +165,8 @@ def scale_rows(x, mean, rest, rstd, weight, bias, y):
         row, out = x[i], y[i]
         middle, left, factor = mean[i], rest[i], rstd[i]
         for j in range(row.size):
-            z = centre(read(row, j), middle, left) * factor
-            write(out, j, z * read(weight, j) + read(bias, j))
+            z = scaled(centre(read(row, j), middle, left), factor, read(weight, j), read(bias, j))
+            write(out, j, z)
 
 
 @serial
@@ -211,7 +194,7 @@ def row_gradients(
             out, more = gx[i], also[i]
             for j in range(n):
                 y = centre(read(row, j), middle, left) * factor
-                d = factor * (read(up, j) * read(weight, j) - level - y * slope)
+                d = gradient(read(up, j), read(weight, j), y, level, slope, factor)
                 write(out, j, plus(d, more, j))
 
 
@@ -241,9 +224,9 @@ def scale_segments(
         row, out = x[i], y[i]
         s, c = (first + i) // per % rstd.size, (first + i) % weight.size
         middle, left = mean[s], rest[s]
-        factor, shift = rstd[s] * read(weight, c), read(bias, c)
+        factor, w, b = rstd[s], read(weight, c), read(bias, c)
         for j in range(row.size):
-            write(out, j, from_mean(read(row, j), middle, left) * factor + shift)
+            write(out, j, scaled(from_mean(read(row, j), middle, left), factor, w, b))
 
 
 @serial
@@ -295,5 +278,5 @@ def segment_gradients(
         middle, left, factor = mean[s], rest[s], rstd[s]
         w, a, b = read(weight, c), level[s], slope[s] * factor
         for j in range(row.size):
-            d = read(up, j) * w - a - from_mean(read(row, j), middle, left) * b
-            write(out, j, plus(factor * d, more, j))
+            d = from_mean(read(row, j), middle, left)
+            write(out, j, plus(gradient(read(up, j), w, d, a, b, factor), more, j))

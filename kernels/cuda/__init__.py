@@ -23,6 +23,18 @@ SLOTS = slots(
         "embedding": (0, ("embedding", "embedding_backward")),
         "softmax": (0, ("softmax", "softmax_backward", "log_softmax", "log_softmax_backward")),
         "cross_entropy": (0, ("class_cross_entropy", "class_cross_entropy_backward")),
+        "norm_launch": (
+            0,
+            (
+                *(
+                    f"{name}{part}"
+                    for name in ("layer_norm", "rms_norm", "group_norm", "batch_norm_inference")
+                    for part in ("", "_backward")
+                ),
+                *("add_layer_norm", "add_rms_norm", "add_group_norm"),
+                *("batch_moments", "batch_norm_training", "batch_norm_backward"),
+            ),
+        ),
         "optimizer": (0, ("flat_norm", "flat_update", "flat_step")),
     },
 )

@@ -8,6 +8,7 @@ from gpugrad.backend import backend_for_device
 from gpugrad.core.tensor import tensor_of
 from gpugrad.errors import KernelError
 from gpugrad.kernels.cpu import batch_norm, rows
+from gpugrad.kernels.moments import from_mean
 from gpugrad.ops import normalization as ops
 from tests.kernels.cpu.assembly import assembly, packed
 from tests.kernels.parity import DTYPES, EPS, layouts, wide
@@ -333,12 +334,12 @@ def test_loops_are_vectorised():
     """More than the remainder of every loop over elements is done several at a time."""
     one = np.ones(4, "float32")
     x, w = np.ones((4, 64), "float32"), np.ones(64, "float32")
-    both = {"centre": rows.from_mean, "plus": rows.with_more}
+    both = {"centre": from_mean, "plus": rows.with_more}
     loops = [
         (rows.add_rows, (x, x, x), 1),
         (rows.row_moments, (x, one, one, one), 4),
         (rows.row_mean_squares, (x, one, one, one), 1),
-        (rows.scale_rows.bind(centre=rows.from_mean), (x, one, one, one, w, w, x), 4),
+        (rows.scale_rows.bind(centre=from_mean), (x, one, one, one, w, w, x), 4),
         (
             rows.row_gradients.bind(**both, level_of=rows.as_it_is, collect=rows.to_both),
             (x, x, w, one, one, one, x, x, w, w),
