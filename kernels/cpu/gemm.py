@@ -10,8 +10,6 @@ work, and on some processors its last bit depends on where the division lies.
 
 from __future__ import annotations
 
-from types import FunctionType
-
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
@@ -23,7 +21,7 @@ from gpugrad.kernels.cpu import openblas
 from gpugrad.kernels.cpu.compile import parallel, serial
 from gpugrad.kernels.template import T, device
 
-__all__ = ["GRAIN", "STRIP", "available", "gemm", "many_alone", "many_threaded", "one"]
+__all__ = ["GRAIN", "STRIP", "available", "gemm", "many", "one"]
 
 #: Multiply-adds that a further thread is worth: about 10 µs of work, as long as waking it may take.
 GRAIN = 1 << 20
@@ -341,6 +339,4 @@ def _many(a, b, out, beta, sumsq, threads):
     return found
 
 
-many_threaded = parallel(_many)
-# The same under a name of its own, so that they are kept apart on disk.
-many_alone = serial(FunctionType(_many.__code__, globals(), "_many_alone"))
+many = parallel(_many)

@@ -18,16 +18,7 @@ from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel, kernel_mode
 from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import pool
-from gpugrad.kernels.cpu.compile import CPU
-from gpugrad.kernels.cpu.gemm import (
-    GRAIN,
-    STRIP,
-    available,
-    gemm,
-    many_alone,
-    many_threaded,
-    one,
-)
+from gpugrad.kernels.cpu.gemm import GRAIN, STRIP, available, gemm, many, one
 
 __all__ = ["available", "gemm", "matmul", "sumsq_size"]
 
@@ -37,6 +28,9 @@ Array = np.ndarray[Any, Any]
 
 _compiling = RLock()
 
+#: Types of `sumsq` and `threads`.
+_MORE = (types.float64[::1], types.int64)
+
 
 class _Compiled:
     """The products of one dtype, compiled once for all layouts: strides are read when they run."""
@@ -44,21 +38,20 @@ class _Compiled:
     def __init__(self, storage: str) -> None:
         pool.start()
         self._storage = storage
-        self._many: pool.Launch | None = None
+        self._launch: pool.Launch = many[storage]
+        self._threaded = False
         self.one = self._fixed(one[storage], 2)
-        self.alone = self._fixed(many_alone[storage], 4, types.float64[::1], types.int64)
+        self.alone = self._fixed(self._launch.alone, 4, *_MORE)
 
     @property
     def many(self) -> pool.Launch:
-        """Compiled when the first large product comes."""
-        if self._many is None:
+        """Compiled for threads when the first large product comes."""
+        if not self._threaded:
             with _compiling:
-                if self._many is None:
-                    threaded = many_threaded.instance(CPU, self._storage)
-                    self._many = pool.Launch(
-                        self._fixed(threaded, 4, types.float64[::1], types.int64), self.alone
-                    )
-        return self._many
+                if not self._threaded:
+                    self._fixed(self._launch.threaded, 4, *_MORE)
+                    self._threaded = True
+        return self._launch
 
     def _fixed(self, dispatcher: Any, axes: int, *more: Any) -> Any:
         real = getattr(types, self._storage)
