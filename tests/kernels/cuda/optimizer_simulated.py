@@ -18,7 +18,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 from gpugrad.kernels.cuda import gradient, launch, optimizer
 from gpugrad.kernels.cuda.simulator import SimulatedGpu
 from tests.kernels.cuda import optimizer_checks as checks
-from tests.kernels.cuda.optimizer_checks import ADAMW, DTYPES, FULL, LION, VARIANTS
+from tests.kernels.cuda.optimizer_checks import ADAMW, DTYPES, FULL, LION
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +29,7 @@ def machine(monkeypatch):
     return gpu
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_every_variant(variant):
-    checks.check_step(variant, "float32", steps=1)
-
-
-@pytest.mark.parametrize("storage", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("storage", DTYPES)
 @pytest.mark.parametrize("variant", FULL, ids=str)
 def test_every_rule_and_storage(variant, storage):
     checks.check_step(variant, storage, steps=1)
