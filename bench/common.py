@@ -25,7 +25,10 @@ RESULTS = ROOT / "bench" / "results"
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
-CONTENDERS = ("numpy", "torch", "autograd", "mygrad", "numba", "cupy", "safetensors")
+#: What a line of a contender in another process begins with, if it is for us.
+ANSWER = "@answer "
+
+CONTENDERS = ("numpy", "torch", "jax", "autograd", "mygrad", "numba", "cupy", "safetensors")
 DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
 
 
@@ -102,6 +105,82 @@ def alternate(
     finally:
         gc.unfreeze()
     return seconds
+
+
+def serve(run: Callable[[], Any], answer: Callable[[], Any]) -> None:
+    """Be a contender of :func:`alternate_processes`: do what its lines ask for until they end.
+
+    `answer` gives what the contenders have to agree on, for JSON; it is asked once, first.
+    """
+    for line in sys.stdin:
+        word, *count = line.split()
+        if word == "answer":
+            found: Any = answer()
+        else:
+            gc.collect()
+            found = []
+            for _ in range(int(count[0])):
+                start = time.perf_counter()
+                run()
+                found.append(time.perf_counter() - start)
+        print(ANSWER + json.dumps(found), flush=True)
+
+
+def alternate_processes(
+    script: str, commands: Mapping[str, Sequence[str]], *, rounds: int, repeats: int = 4,
+    threads: int | None = None,
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """As :func:`alternate`, each contender in a process of its own, in which it calls `serve`.
+
+    For contenders that disturb each other in one process, as the threads of OpenMP do, which wait
+    for more work by spinning. In its turn a contender runs ``1 + repeats`` times, and the first,
+    for which its threads and caches wake up, does not count. Seconds are the median of a turn.
+
+    Parameters
+    ----------
+    commands:
+        The arguments of the script that make it a contender, by name.
+
+    Returns
+    -------
+    Seconds of every contender in every round, and what each answered before the first.
+    """
+    running: dict[str, subprocess.Popen[str]] = {}
+
+    def ask(name: str, line: str) -> Any:
+        child = running[name]
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdin.write(line + "\n")
+            child.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, as is noticed below
+        for reply in child.stdout:
+            if reply.startswith(ANSWER):
+                return json.loads(reply[len(ANSWER) :])
+        child.wait()
+        errors.seek(0)
+        raise RuntimeError(f"{Path(script).name}: {name} ended:\n{errors.read()[-4000:]}")
+
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            answers = {}
+            for name, arguments in commands.items():
+                running[name] = subprocess.Popen(
+                    [sys.executable, script, *arguments], env=environment(threads), text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                )  # fmt: skip
+                answers[name] = ask(name, "answer")
+            seconds: dict[str, list[float]] = {name: [] for name in commands}
+            for _ in range(rounds):
+                for name in commands:
+                    turn = ask(name, f"turn {1 + repeats}")
+                    seconds[name].append(statistics.median(turn[1:]))
+            return seconds, answers
+        finally:
+            for child in running.values():
+                child.kill()
+                child.communicate()
 
 
 def spread(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Clipping by the global norm, and AdamW: 10 million float32 elements, and 2000 tiny tensors.
 
-``python bench/optimizer.py [--quick] [--json PATH]``. Two threads. The contenders take turns in one
-process, and agree on the parameters after three steps before anything is timed. Gradients are there
+``python bench/optimizer.py [--quick] [--json PATH]``. Two threads. The contenders take turns,
+each in a process of its own, and agree on the parameters after three steps. Gradients are there
 already, where a backward pass of each library leaves them.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ CASES = {
 #: What has to be reached: over the best peer, and over PyTorch's default.
 BEST, DEFAULT = 2.0, 20.0
 CLIP, LR = 1.0, 1e-3
+THREADS = 2
 
 Step = Callable[[], Any]
 #: One step, and the parameters as NumPy arrays.
@@ -57,7 +59,7 @@ def with_gpugrad(count: int, size: int, mode: str) -> Contender:
 def with_torch(count: int, size: int, compiled: bool = False, **options: bool) -> Contender:
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     params = [torch.tensor(x, requires_grad=True) for x in arrays(count, size, 0)]
     optimizer = torch.optim.AdamW(params, lr=LR, **options)
     for p, g in zip(params, arrays(count, size, 1), strict=True):
@@ -104,52 +106,60 @@ def with_jax(count: int, size: int) -> Contender:
     return step, lambda: list(state[0])
 
 
-def contenders(count: int, size: int) -> dict[str, Contender]:
-    """Everybody that is installed, by name."""
-    found = {
-        "gpugrad": with_gpugrad(count, size, "require"),
-        "gpugrad, kernels off": with_gpugrad(count, size, "off"),
-    }
-    few = count <= 100  # compilers take minutes for thousands of tensors
-    if importlib.util.find_spec("torch"):
-        found["torch, default"] = with_torch(count, size)
-        found["torch, foreach"] = with_torch(count, size, foreach=True)
-        found["torch, fused"] = with_torch(count, size, fused=True)
-        if few:
-            found["torch.compile"] = with_torch(count, size, compiled=True)
-    if importlib.util.find_spec("jax") and few:
-        found["jax.jit"] = with_jax(count, size)
-    return found
+#: Everybody, by name: the library that has to be installed, what makes the contender, and whether
+#: it can do with thousands of tensors, for which compilers take minutes.
+CONTENDERS: dict[str, tuple[str, Callable[..., Contender], bool]] = {
+    "gpugrad": ("numpy", partial(with_gpugrad, mode="require"), True),
+    "gpugrad, kernels off": ("numpy", partial(with_gpugrad, mode="off"), True),
+    "torch, default": ("torch", with_torch, True),
+    "torch, foreach": ("torch", partial(with_torch, foreach=True), True),
+    "torch, fused": ("torch", partial(with_torch, fused=True), True),
+    "torch.compile": ("torch", partial(with_torch, compiled=True), False),
+    "jax.jit": ("jax", with_jax, False),
+}
 
 
-def agree(found: dict[str, Contender]) -> None:
-    """Raise unless everybody has the same parameters after three steps."""
+def serve(name: str, count: int, size: int) -> None:
+    """Be the contender `name`; the answer is some of the parameters after three steps."""
     import numpy as np
 
-    results = {}
-    for name, (step, params) in found.items():
+    step, params = CONTENDERS[name][1](count, size)
+
+    def answer() -> list[float]:
         for _ in range(3):
             step()
-        results[name] = [np.array(p) for p in params()]
-    for name, params in results.items():
-        worst = max(np.abs(a - b).max() for a, b in zip(results["gpugrad"], params, strict=True))
+        flat = np.concatenate([np.ravel(p) for p in params()])
+        return [float(x) for x in flat[:: flat.size // 200]]
+
+    common.serve(step, answer)
+
+
+def agree(answers: dict[str, list[float]]) -> None:
+    """Raise unless everybody has the same parameters after three steps."""
+    for name, found in answers.items():
+        worst = max(abs(a - b) for a, b in zip(answers["gpugrad"], found, strict=True))
         if not worst <= 1e-5:
             raise RuntimeError(f"{name} disagrees by {worst}")
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    """Seconds per turn of everybody, for each case."""
-    seconds = {}
-    for case, sizes in CASES.items():
-        found = contenders(*sizes[quick])
-        agree(found)
-        steps = {name: step for name, (step, _) in found.items()}
-        seconds[case] = common.alternate(steps, rounds=3 if quick else 15)
+def measure(count: int, size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds per turn of everybody who is installed."""
+    commands = {
+        name: ["--serve", name, "--count", str(count), "--size", str(size)]
+        for name, (library, _, many) in CONTENDERS.items()
+        if importlib.util.find_spec(library) and (many or count <= 100)
+    }
+    seconds, answers = common.alternate_processes(
+        __file__, commands, rounds=rounds, threads=THREADS
+    )
+    agree(answers)
     return seconds
 
 
 def report(quick: bool) -> dict[str, Any]:
-    seconds = common.measure(__file__, *(["--quick"] if quick else []), threads=2)
+    seconds = {
+        case: measure(*sizes[quick], rounds=2 if quick else 15) for case, sizes in CASES.items()
+    }
     rows, verdicts = [], []
     for case, timed in seconds.items():
         own = timed["gpugrad"]
@@ -171,7 +181,7 @@ def report(quick: bool) -> dict[str, Any]:
                            "x", at_least=True)
             if peer else common.not_run(what, "no peer is installed")
         )  # fmt: skip
-    return {"benchmark": "optimizer", "quick": quick, "threads": 2, **common.provenance(),
+    return {"benchmark": "optimizer", "quick": quick, "threads": THREADS, **common.provenance(),
             "results": seconds, "verdicts": verdicts, "table": common.table(rows)}  # fmt: skip
 
 
@@ -179,10 +189,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small tensors: a check, no result")
     parser.add_argument("--json", help="write the report to this file")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.measure:
-        common.write_json(options.measure, measure(options.quick))
+    if options.serve:
+        serve(options.serve, options.count, options.size)
         return
     common.finish(report(options.quick), options.json)
 

@@ -19,6 +19,7 @@ from numba import prange
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
+from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
 from gpugrad.kernels.cpu.elementwise import LABEL, refuse_arrays
 from gpugrad.kernels.probabilities import (
@@ -297,7 +298,7 @@ class Loops:
         """
         first = operands[0]
         if not first.size:
-            return np.empty(first.shape, first.dtype)
+            return empty(first.shape, first.dtype)
         last = first.ndim - 1
         axis %= first.ndim
         length, inner = first.shape[axis], prod(first.shape[axis + 1 :])
@@ -308,7 +309,7 @@ class Loops:
         else:
             kernel, shape, turned = self.tiles, [-1, length, inner], operands
         laid = [storage_view(np.ascontiguousarray(x).reshape(shape)) for x in turned]
-        out = np.empty(turned[0].shape, first.dtype) if result else first
+        out = empty(turned[0].shape, first.dtype) if result else first
         places = storage_view(out.reshape(shape)) if result else laid[0]
         kernel[numpy_storage(first.dtype)](laid[0], laid[-1], places, more)
         return out if turned is operands else np.moveaxis(out, last, axis)
