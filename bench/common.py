@@ -127,7 +127,11 @@ def serve(run: Callable[[], Any], answer: Callable[[], Any]) -> None:
 
 
 def alternate_processes(
-    script: str, commands: Mapping[str, Sequence[str]], *, rounds: int, repeats: int = 4,
+    script: str,
+    commands: Mapping[str, Sequence[str]],
+    *,
+    rounds: int,
+    repeats: int = 4,
     threads: int | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """As :func:`alternate`, each contender in a process of its own, in which it calls `serve`.

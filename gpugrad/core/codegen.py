@@ -9,34 +9,28 @@ text of both is generated here, compiled on first use, and can be read with :fun
 from __future__ import annotations
 
 import inspect
-import linecache
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import Lock
 from types import FunctionType
 from typing import Any, NoReturn
 
-from gpugrad.backend import SPACES, Backend, backend_for_device, bind, is_array, on_register
+from gpugrad.backend import SPACES, Backend, backend_for_device, is_array, on_register
 from gpugrad.backend.kernels import Choice, fusible, note
-from gpugrad.core.graph import (
-    FREED,
-    MANY,
-    PAIR,
-    SINGLE,
-    GenericNode,
-    Node,
-    Pick,
-    destination,
-    fit,
-    next_seq,
-)
+from gpugrad.core.graph import GenericNode, Pick, next_seq
 from gpugrad.core.modes import gate, is_grad_enabled, records
-from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, registry
+from gpugrad.core.nodes import (
+    FIT,
+    compiled,
+    has_joint_class,
+    has_rule_classes,
+    mask_of,
+    node_class,
+    saved_value,
+)
+from gpugrad.core.primitive import FACETS, Primitive, registry
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
-
-#: Added to the mask of a node class that undoes broadcasting.
-FIT = 256
 
 # -- operands -------------------------------------------------------------------------------------
 
@@ -204,119 +198,7 @@ def forget() -> None:
 
 on_register(forget)
 
-# -- node classes ---------------------------------------------------------------------------------
-
-
-def node_class(made: Primitive, key: int) -> type[Node]:
-    """The node class for a mask of operands that want a gradient (plus FIT: undo broadcasting).
-
-    It becomes the global ``node_<key>`` of the primitive's function, which asks here only once.
-    """
-    scope: dict[str, Any] = {
-        "Node": Node, "SINGLE": SINGLE, "PAIR": PAIR, "MANY": MANY, "FREED": FREED, "fit": fit,
-        "made": made, "SPACES": SPACES, "destination": destination,
-    }  # fmt: skip
-    assert made.rules is not None
-
-    def rebind() -> None:
-        rules = enumerate(made.rules or ())
-        scope.update({f"rule{i}": bind(r.function) for i, r in rules if r is not None})
-
-    rebind()
-    on_register(rebind)
-    exec(_compiled(node_source(made, key), f"<gpugrad {made.name} node {key}>"), scope)
-    cls: type[Node] = scope["Recorded"]
-    cls.__name__ = cls.__qualname__ = f"{made.name}_{key}"
-    made.function.__globals__[f"node_{key}"] = cls
-    return cls
-
-
-def _compiled(text: str, filename: str) -> Any:
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    return compile(text, filename, "exec")
-
-
-def _mask(made: Primitive, key: int) -> tuple[bool, ...]:
-    return tuple(bool(key >> i & 1) for i in range(len(made.operands)))
-
-
-def node_source(made: Primitive, key: int) -> str:
-    """The text of one node class: slots for what its rules name, and the rules called on them."""
-    assert made.rules is not None
-    mask = _mask(made, key)
-    fits = key >= FIT
-    wanted = [i for i, on in enumerate(mask) if on]
-    names = made.saved_names(mask)
-    order = list(made.parameters)
-    slots = [f"p{i}" for i in range(len(wanted))] + [f"s_{n}" for n in names]
-    slots += ["kw"] * bool(order) + ["meta"] * fits
-
-    def call(i: int) -> str:
-        rule = made.rules[i]  # type: ignore[index]
-        assert rule is not None
-        if rule.function is PASS:
-            return f"fit(g, self.meta[{i}])" if fits else "g"
-        values = []
-        for n in rule.names:
-            if n == "g":
-                values.append("g")
-            elif n == "m":
-                values.append("SPACES[g.__class__]")
-            elif n in order:
-                values.append(f"self.kw[{order.index(n)}]")
-            elif n.endswith(HOME) and n not in names:
-                operand = made.operands.index(n.removesuffix(HOME))
-                wants = operand in wanted
-                values.append(f"destination(self.p{wanted.index(operand)})" if wants else "None")
-            else:
-                values.append(f"self.s_{n}")
-        text = f"rule{i}({', '.join(values)})"
-        return f"fit({text}, self.meta[{i}])" if fits else text
-
-    if len(wanted) == 1:
-        result = call(wanted[0])
-    elif len(wanted) == 2:
-        result = f"(self.p0, {call(wanted[0])}, self.p1, {call(wanted[1])})"
-    else:
-        result = "(" + ", ".join(f"(self.p{k}, {call(i)})" for k, i in enumerate(wanted)) + ")"
-    drop = " = ".join(f"self.{s}" for s in slots)
-    parents = ", ".join(f"({i}, self.p{k})" for k, i in enumerate(wanted))
-    saved = ", ".join(f"{n!r}: self.s_{n}" for n in names)
-    kw = ", ".join(f"{n!r}: self.kw[{k}]" for k, n in enumerate(order))
-    return f"""\
-class Recorded(Node):
-    __slots__ = {tuple(slots)!r}
-    kind = {("SINGLE", "PAIR", "MANY")[len(wanted) - 1]}
-    primitive = made
-    mask = {mask!r}
-    def vjp(self, g):
-        return {result}
-    def pop(self, g):
-        out = {result}
-        self.seq = FREED
-        {drop} = None
-        return out
-    def clear(self):
-        self.seq = FREED
-        {drop} = None
-    def parents(self):
-        return [{parents}]
-    def saved(self):
-        return {{{saved}}}
-    def parameters(self):
-        return {{{kw}}}
-    def metas(self):
-        return {"self.meta" if fits else "None"}
-"""
-
-
 # -- the public function --------------------------------------------------------------------------
-
-
-def _specialised(made: Primitive) -> bool:
-    """Whether nodes of this primitive are generated classes; the rest are generic nodes."""
-    return (made.rules is not None and not made.aux and made.outputs == 1
-            and len(made.operands) <= 3)  # fmt: skip
 
 
 def function_source(made: Primitive) -> str:
@@ -375,7 +257,10 @@ def function_source(made: Primitive) -> str:
         add("    if y.__class__ is not kind:")
         add("        y = normalise(y, kind)")
     values = "(" + "".join(f"{p.name}, " for p in parameters) + ")"
-    if not _specialised(made):
+    if has_joint_class(made):
+        _add_joint(made, lines, arrays, values)
+        return "\n".join(lines)
+    if not has_rule_classes(made):
         parents = "(" + "".join(f"p{i}, " for i in count) + ")"
         aux = "aux" if made.aux else "()"
         add(f"    return record(made, ({arrays},), {parents}, y, {aux}, {values})")
@@ -437,11 +322,11 @@ def _add_node(made: Primitive, lines: list[str], key: int, indent: str, fits: bo
         f"{indent}except NameError:  # the first node of its kind",
         f"{indent}    n = node_class(made, {key_of})()",
     ]
-    mask = _mask(made, key)
+    mask = mask_of(made, key)
     for k, i in enumerate(i for i, on in enumerate(mask) if on):
         lines.append(f"{indent}n.p{k} = p{i}")
     for name in made.saved_names(mask):
-        lines.append(f"{indent}n.s_{name} = {_value(made, name)}")
+        lines.append(f"{indent}n.s_{name} = {saved_value(made, name, 'u{}')}")
 
 
 def _add_same(lines: list[str], key: int, indent: str) -> None:
@@ -463,19 +348,30 @@ def _add_same(lines: list[str], key: int, indent: str) -> None:
     ]
 
 
-def _value(made: Primitive, name: str) -> str:
-    if name == "y":
-        return "y"
-    for i, operand in enumerate(made.operands):
-        if name == operand:
-            return f"u{i}"
-        if name == f"{operand}_shape":
-            return f"u{i}.shape"
-        if name == f"{operand}_dtype":
-            return f"u{i}.dtype"
-        if name == f"{operand}_device":
-            return f"SPACES[u{i}.__class__].device(u{i})"
-    raise AssertionError(name)
+def _add_joint(made: Primitive, lines: list[str], arrays: str, values: str) -> None:
+    """The lines that make a node with a joint rule; its class knows what it saves."""
+    count = range(len(made.operands))
+    add = lines.append
+    add("    t = Tensor()")
+    add("    t.data = y")
+    nothing = " and ".join(f"p{i} is None" for i in count)
+    add(f"    if {nothing} or gate_ and not records(t):")
+    add("        t._node = None")
+    add("        return t")
+    key = " + ".join(f"({1 << i} if p{i} is not None else 0)" for i in count)
+    add(f"    key_ = {key} + {FIT * made.fits}")
+    add("    try:")
+    add("        n = nodes[key_]()")
+    add("    except KeyError:  # the first node of its kind")
+    add("        n = nodes[key_] = node_class(made, key_)")
+    add("        n = n()")
+    parents = "".join(f"p{i}, " for i in count)
+    add(f"    n.fill(({parents}), ({arrays},), y, {'aux' if made.aux else '()'}, {values})")
+    metas = ", ".join(f"meta_of(u{i})" for i in count)
+    add(f"    n.meta = ({metas}, y.shape)")
+    add("    n.seq = next_seq()")
+    add("    t._node = n")
+    add("    return t")
 
 
 def _variadic_source(made: Primitive, lines: list[str], kwargs: str) -> str:
@@ -586,7 +482,7 @@ def build(made: Primitive) -> None:
         "Tensor": Tensor, "SCALARS": SCALARS, "SPACES": SPACES, "lift": lift, "lift_all": lift_all,
         "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,
         "record": record, "meta_of": meta_of, "next_seq": next_seq, "gate_": gate,
-        "records": records, "made": made, "node_class": node_class,
+        "records": records, "made": made, "node_class": node_class, "nodes": {},
         "implement": implement, "implementations": made.implementations,
         "__name__": made.forward.__module__,
     }  # fmt: skip
@@ -619,7 +515,7 @@ def _compile_now(made: Primitive) -> Callable[..., Any]:
         if function.__code__ is _first_call.__code__:
             scope = function.__globals__
             found: dict[str, Any] = {}  # apart: the name may be that of a helper in scope
-            exec(_compiled(function_source(made), f"<gpugrad {made.name}>"), scope, found)
+            exec(compiled(function_source(made), f"<gpugrad {made.name}>"), scope, found)
             real = found[made.name]
             function.__defaults__ = real.__defaults__
             function.__kwdefaults__ = real.__kwdefaults__

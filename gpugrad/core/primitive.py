@@ -57,7 +57,8 @@ HOME = "_home"
 RESERVED = frozenset({
     "SCALARS", "SPACES", "Tensor", "aux", "complex", "error", "fail", "foreign", "forward", "g",
     "gate_", "implement", "implementations", "isinstance", "kind", "kind_of", "kwargs", "lift",
-    "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class", "normalise",
+    "key_", "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class", "nodes",
+    "normalise",
     "parents", "record", "records", "same", "t", "y",
 })  # fmt: skip
 
@@ -146,7 +147,7 @@ class Primitive:
         when somebody else wrote it, it is looked at, because a wrong one would go unnoticed.
         """
         if self.linear or (self.elementwise and len(self.operands) == 1):
-            return not _is_ours(self.forward)
+            return not is_ours(self.forward)
         return self.broadcasts
 
     @property
@@ -155,7 +156,7 @@ class Primitive:
 
         It does in a binary element-wise operation of ours: only after broadcasting or promotion.
         """
-        return self.elementwise and len(self.operands) == 2 and _is_ours(self.forward)
+        return self.elementwise and len(self.operands) == 2 and is_ours(self.forward)
 
     def saved_names(self, mask: Sequence[bool]) -> tuple[str, ...]:
         """What a node saves when the operands in ``mask`` want a gradient, in a fixed order."""
@@ -331,14 +332,15 @@ def _declare(
     return declare
 
 
-def _is_ours(function: Any) -> bool:
+def is_ours(function: Any) -> bool:
+    """Whether it is one of the library, and not of a user."""
     return str(getattr(function, "__module__", "")).startswith("gpugrad.")
 
 
 def _claim(name: str, function: Callable[..., Any]) -> None:
     """Refuse a name of the library's own to others: rules here are written with it."""
-    taken = _is_ours(getattr(differentiable, name, None)) or hasattr(Backend, name)
-    if taken and not _is_ours(function):
+    taken = is_ours(getattr(differentiable, name, None)) or hasattr(Backend, name)
+    if taken and not is_ours(function):
         raise DeclarationError(
             f"{name}: gpugrad has an operation of this name, with which other derivatives are "
             "computed; give yours another one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gpugrad.core.tensor import Tensor
@@ -29,6 +30,18 @@ __all__ = [
     "Softsign",
     "Tanh",
 ]
+
+
+def name_of(module: Module) -> str | None:
+    """The activation that `module` is and does nothing besides, by the name that layers take.
+
+    >>> name_of(GELU("tanh")), name_of(LeakyReLU(0.2))
+    ('gelu_tanh', None)
+    """
+    found = _NAMES.get(type(module))  # a subclass may compute something else
+    if found is None or module._hooks or module._pre_hooks:
+        return None
+    return found if isinstance(found, str) else found(module)
 
 
 def _show(**values: Any) -> str:
@@ -229,3 +242,26 @@ class LogSoftmax(Module):
 
     def extra_repr(self) -> str:
         return _show(dim=self.dim)
+
+
+#: Activations that can be a step of another operation: their names there, for the numbers that
+#: they have there.
+_NAMES: dict[type[Module], str | Callable[[Any], str | None]] = {
+    ReLU: "relu",
+    ReLU6: "relu6",
+    LeakyReLU: lambda a: "leaky_relu" if a.negative_slope == 0.01 else None,
+    ELU: lambda a: "elu" if a.alpha == 1 else None,
+    CELU: lambda a: "celu" if a.alpha == 1 else None,
+    SELU: "selu",
+    GELU: lambda a: {"none": "gelu", "tanh": "gelu_tanh"}.get(a.approximate),
+    SiLU: "silu",
+    Mish: "mish",
+    Softplus: lambda a: "softplus" if (a.beta, a.threshold) == (1, 20) else None,
+    Hardtanh: lambda a: "hardtanh" if (a.min_val, a.max_val) == (-1, 1) else None,
+    Hardswish: "hardswish",
+    Hardsigmoid: "hardsigmoid",
+    Sigmoid: "sigmoid",
+    LogSigmoid: "logsigmoid",
+    Tanh: "tanh",
+    Softsign: "softsign",
+}

@@ -6,10 +6,15 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, overload
 
+from gpugrad.nn.activations import name_of
 from gpugrad.nn.errors import ModuleError
+from gpugrad.nn.layers import Linear
 from gpugrad.nn.module import Module
 
 __all__ = ["ModuleList", "Sequential"]
+
+#: Layers whose `forward` takes the name of an activation, to compute both in one operation.
+TAKES_ACTIVATION: set[type[Module]] = {Linear}
 
 
 class _Ordered(Module):
@@ -88,6 +93,9 @@ class Sequential(_Ordered):
 
     Takes modules, or one mapping from names to modules. Index and slice it like a list.
 
+    A layer and the activation behind it are computed as one operation where there is one, such as
+    `Linear` and `Tanh`; a forward hook on either keeps them apart.
+
     >>> import gpugrad.nn as nn
     >>> nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))[:2]
     Sequential(
@@ -115,10 +123,21 @@ class Sequential(_Ordered):
             self.add_module(name, module)
 
     def forward(self, x: Any) -> Any:
-        for value in self.__dict__.values():
-            if isinstance(value, Module):
-                x = value(x)
-        return x
+        layer = None  # waits for the activation that may follow it
+        for module in self.__dict__.values():
+            if not isinstance(module, Module):
+                continue
+            if layer is not None:
+                name = name_of(module)
+                x = layer(x) if name is None else layer(x, activation=name)
+                layer = None
+                if name is not None:
+                    continue
+            if type(module) in TAKES_ACTIVATION and not module._hooks:
+                layer = module
+            else:
+                x = module(x)
+        return x if layer is None else layer(x)
 
 
 class ModuleList(_Ordered):

@@ -66,9 +66,9 @@ class Linear(Module):
             bound = 1 / math.sqrt(self.in_features)
             init.uniform_(self.bias, -bound, bound, generator)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, activation: str | None = None) -> Tensor:
         try:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias, activation=activation)
         except ShapeError as error:
             if not input.ndim or input.shape[-1] == self.in_features:
                 raise

@@ -16,7 +16,7 @@ from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import PASS, composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import ShapeError
-from gpugrad.ops.fused import bias_activation_backward, reference
+from gpugrad.ops.fused import ACTIVATIONS, activation_named, reference
 from gpugrad.ops.manipulation import moveaxis, normal_axis, reshape
 from gpugrad.ops.reductions import sum as sum_over
 from gpugrad.ops.samples import normal
@@ -207,22 +207,25 @@ def _check_linear_bias(weight: Array, bias: Array) -> None:
         )
 
 
-def _linear_activation_vjp(
-    m: Any, g: Any, x: Any, weight: Any, bias: Any, z: Any, activation: str, needs: Any,
+@fusible
+def linear_activation_backward(
+    m: Any, g: Any, x: Any, weight: Any, bias: Any, kept: Any, activation: str, needs: Any,
     weight_home: Any,
 ) -> Any:  # fmt: skip
     """All gradients of a layer in one call, each only when it is needed."""
+    chosen = ACTIVATIONS[activation]
     if m is differentiable:  # what was kept beside the result would count as a constant
-        z = _product(m, x, m.matrix_transpose(weight))
-    gz, gb = bias_activation_backward(m, g, z, bias, activation)
+        kept = linear(x, weight, bias)
+        kept = chosen.forward(m, kept) if chosen.from_result else kept
+    gz = chosen.partial(m, g, kept)
     gx = _product(m, gz, weight) if needs[0] else None
     gw = _linear_weight(m, gz, x, weight_home) if needs[1] else None
-    return gx, gw, gb if needs[2] else None
+    return gx, gw, m.sum_to(gz, bias.shape) if needs[2] else None
 
 
 @primitive(
-    vjp=_linear_activation_vjp,
-    aux=("z",),
+    vjp=linear_activation_backward,
+    aux=("kept",),
     samples=lambda: [
         sample(normal((4, 3), 0), normal((2, 3), 1), normal((2,), 2), activation="gelu_tanh"),
         sample(normal((4, 3), 0), normal((2, 3), 1), normal((2,), 2), activation="tanh"),
@@ -247,16 +250,25 @@ def linear_activation(
 
     Returns
     -------
-    Shape (..., out). The product, without bias and activation, is kept for the backward pass.
+    Shape (..., out). What the derivative of the activation is computed from, its operand or its
+    result, is kept for the backward pass.
 
     >>> import gpugrad as gg
     >>> from gpugrad.ops.linalg import linear_activation
     >>> linear_activation(gg.asarray([1.0, 2.0]), gg.asarray([[1.0, -1.0]]), gg.asarray([0.5]))
     tensor([0.])
     """
-    z = _linear_product(m, x, weight)
+    chosen = activation_named("linear", activation)
     _check_linear_bias(weight, bias)
-    return m.bias_activation(z, bias, activation=activation), z
+    z = _linear_product(m, x, weight)
+    if m.mutable and bias.dtype == z.dtype:
+        z += bias
+    else:
+        z = z + bias
+    y = chosen.forward(m, z)
+    if y.dtype != z.dtype:
+        y = m.astype(y, z.dtype)
+    return y, y if chosen.from_result else z
 
 
 def _explain_linear(x: Array, weight: Array) -> NoReturn:

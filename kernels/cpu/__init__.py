@@ -43,6 +43,7 @@ SLOTS = slots(
             ),
         ),
         "reduce": (1 << 12, ("sum_of_squares", "max_abs", "nonfinite_count", "scaled")),
+        "linear": (1 << 11, ("linear_activation", "linear_activation_backward")),
         "products": (1 << 14, ("matmul", "matmul_into")),
         "optimizer": (1 << 14, ("flat_norm", "flat_update")),
         "softmax": (

@@ -112,6 +112,28 @@ def storage_view(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return x.view(np.uint16) if x.dtype.itemsize == 2 else x
 
 
+def in_a_row(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`x` as compiled loops take it: its elements one after the other, aligned, in C's order.
+
+    A copy if need be. An array that is read-only is given as one that is not, which nobody writes
+    to: for Numba it is another type, and every loop would be compiled once more.
+    """
+    if not x.flags.c_contiguous or not x.flags.aligned:
+        x = x.copy()
+    elif not x.flags.writeable:
+        x = np.asarray(_Writable(x))
+    return storage_view(x)
+
+
+class _Writable:
+    """The memory of a read-only array, as NumPy's array interface tells of it."""
+
+    def __init__(self, x: np.ndarray[Any, Any]) -> None:
+        self.owner = x
+        address, _ = x.__array_interface__["data"]
+        self.__array_interface__ = {**x.__array_interface__, "data": (address, False)}
+
+
 @cache
 def _host_features() -> frozenset[str]:
     found = llvmlite.binding.get_host_cpu_features()
