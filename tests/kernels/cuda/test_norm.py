@@ -1,11 +1,6 @@
-"""Normalisation on the GPU, without one: its PTX run in Python, and in the simulator."""
+"""Normalisation on the GPU, without one: its PTX run in Python."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +11,6 @@ from tests.kernels.cuda import norm_checks, offline
 from tests.kernels.cuda.checks import DTYPES
 from tests.kernels.cuda.fake_gpu import FakeArray
 from tests.kernels.cuda.ptx_machine import PtxGpu
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -161,20 +154,3 @@ def test_on_a_gpu(storage):
         norm_checks.check_batch(storage, to_gpu, to_host, shape=shape)
     norm_checks.check_large_mean(to_gpu, to_host)
     norm_checks.check_nan(to_gpu, to_host)
-
-
-def test_kernels_in_the_simulator():
-    run = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-            "tests/kernels/cuda/norm_simulated.py",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout

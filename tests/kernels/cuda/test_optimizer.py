@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,27 +182,6 @@ def test_late_steps(machine):
         ADAMW, "float32",
         numbers={**NUMBERS, "beta1": 0.0, "gain1": 1.0, "log_beta1": -math.inf},
     )  # fmt: skip
-
-
-# -- in the simulator -----------------------------------------------------------------------------
-
-
-def test_steps_in_the_simulator():
-    """Their logic as Numba runs it, without any compiler: optimizer_simulated.py."""
-    run = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-            "tests/kernels/cuda/optimizer_simulated.py",
-        ],
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
 
 
 # -- launches and host reads -----------------------------------------------------------------------

@@ -1,11 +1,6 @@
-"""Dropout and embedding on the GPU, without one: their PTX run in Python, and in the simulator."""
+"""Dropout and embedding on the GPU, without one: their PTX run in Python."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +14,6 @@ from tests.kernels.cuda.fake_gpu import FakeArray
 from tests.kernels.cuda.ptx_machine import PtxGpu
 from tests.kernels.cuda.ptx_machine import launch as launch_text
 from tests.kernels.cuda.test_ptx import Far
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -155,20 +148,3 @@ def test_refusals_say_why():
     assert refuse(None, FakeArray(3, "int64"), x) is None
     assert "integers" in refuse(None, FakeArray(3, "float32"), x)
     assert "two axes" in refuse(None, FakeArray(3, "int64"), short)
-
-
-def test_kernels_in_the_simulator():
-    run = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-            "tests/kernels/cuda/simulated_rows.py",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout

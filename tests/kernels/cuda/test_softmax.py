@@ -1,11 +1,6 @@
-"""Softmax and cross-entropy on the GPU, and without one: PTX run in Python, and the simulator."""
+"""Softmax and cross-entropy on the GPU, and without one: PTX run in Python."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +13,6 @@ from tests.kernels.cuda.checks import DTYPES
 from tests.kernels.cuda.fake_gpu import FakeArray
 from tests.kernels.cuda.ptx_machine import PtxGpu
 
-ROOT = Path(__file__).parents[3]
 NAMES = ("softmax", "log_softmax")
 
 
@@ -177,23 +171,6 @@ def test_refusals_say_why():
     rest = (target, None, None, None, None, -100, "mean", 0.0)
     assert refuse(None, x, FakeArray((), "float32"), *rest) is None
     assert "a gradient of shape (4,)" in refuse(None, x, FakeArray((4,), "float32"), *rest)
-
-
-def test_kernels_in_the_simulator():
-    run = subprocess.run(
-        [
-            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-            "tests/kernels/cuda/softmax_simulated.py",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTEST_ADDOPTS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
-    assert "skipped" not in run.stdout
 
 
 # -- on a GPU -------------------------------------------------------------------------------------

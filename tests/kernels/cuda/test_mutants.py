@@ -1,0 +1,235 @@
+"""A test of the tests: a CUDA kernel with a changed operator fails them."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+import numpy as np
+import pytest
+
+from gpugrad.kernels.cuda import launch, norm_launch, softmax
+from gpugrad.kernels.cuda.blockwide import block_total
+from gpugrad.kernels.cuda.language import Int, Values, cuda, kernel
+from gpugrad.kernels.template import T
+from tests.kernels.cuda import checks, norm_checks, optimizer_checks, rows, softmax_checks
+from tests.kernels.cuda.coroutines import QuickGpu
+from tests.kernels.mutation import bodies, operators, unnoticed
+
+
+@kernel
+def total_kernel(parts: Values, out: Values, count: Int) -> None:
+    scratch = cuda.shared.array(32, T)
+    total = block_total(parts, count, scratch)
+    if cuda.threadIdx.x < 40:
+        out[cuda.threadIdx.x] = total
+
+
+def elementwise(machine):
+    for name in ("gelu", "tanh_partial", "geglu_gate_partial"):
+        checks.check_map(name, "float32", count=301, shift=1)
+        checks.check_map(name, "float32", count=300)
+
+
+def bias(machine):
+    checks.check_bias("tanh", "float32", shape=(9, 13))
+    checks.check_bias("gelu", "float32", shape=(70, 12))
+    checks.check_bias("tanh", "float32", shape=(9, 140))
+    checks.check_bias_counts()
+    machine.threads = 64
+    checks.check_bias("tanh", "float32", shape=(70, 13))
+
+
+def reduce(machine):
+    machine.threads = 64
+    checks.check_summary("float32", 300)
+    checks.check_summary_counts("float32", count=70)
+    parts, out = checks.inputs("float32", 100, 6), np.zeros(40, np.float32)
+    machine.run(total_kernel["float32"], (1,), parts, out, 100)
+    np.testing.assert_allclose(out, parts.sum(dtype="float64"), rtol=1e-5)
+
+
+def softmaxes(machine):
+    machine.threads = 64
+    for name in ("softmax", "log_softmax"):
+        softmax_checks.check_softmax(name, "float32", shape=(9, 13), shift=1)
+        softmax_checks.check_softmax(name, "float32", shape=(3, 150))
+        softmax_checks.check_softmax(name, "float32", shape=(3, 5, 50), axis=1)
+        softmax_checks.check_special(name, "float32")
+
+
+def losses(machine):
+    machine.threads = 64
+    check, smooth = softmax_checks.check_loss, {"label_smoothing": 0.2}
+    check("float32", shape=(9, 13))
+    check("float32", shape=(9, 13), weighted=True, reduction="none", **smooth)
+    check("float32", shape=(5, 150), shift=1, **smooth)
+    check("float32", shape=(5, 150), weighted=True, reduction="sum", ignore_index=2)
+    check("float32", shape=(3, 5, 50), weighted=True, **smooth)
+    check("float32", shape=(3, 5, 50), reduction="none")
+    softmax_checks.check_no_class()
+    softmax_checks.check_special_losses(label_smoothing=0.2)
+
+
+def norm(machine):
+    machine.threads = 64
+    for shape, shift in (((5, 13), 1), ((3, 80), 0)):
+        norm_checks.check_norm("layer", "float32", shape=shape, shift=shift)
+        norm_checks.check_norm("rms", "float32", shape=shape, residual=True)
+    norm_checks.check_norm("group", "float32", shape=(2, 4, 13), groups=2, residual=True)
+    norm_checks.check_norm("group", "float32", shape=(2, 4, 44), groups=2)
+    norm_checks.check_batch("float32", shape=(3, 3, 44))
+    norm_checks.check_norm("layer", "float32", shape=(71, 13))
+    norm_checks.check_large_mean()
+    norm_checks.check_nan()
+
+
+def dropout(machine):
+    rows.check_dropout("float32", count=601, shift=1)
+    rows.check_dropout("float32", count=601)
+    rows.check_after_product("gelu", "float32", (5, 13), shift=1)
+    rows.check_after_product("tanh", "float32", (70, 12))
+    rows.check_after_product("gelu", "float32", (9, 140))
+    rows.check_after_product("relu", "float32", p=0.0, bias=False, adds=False)
+    rows.check_after_product(None, "float32", p=1.0, bias=False)
+
+
+def embedding(machine):
+    rows.check_embedding("float32")
+    rows.check_embedding("float32", shape=(71,), rows=5, columns=16, padding_row=4)
+    rows.check_embedding("float32", shape=(71,), rows=91, columns=16, by_frequency=True)
+    rows.check_outside()
+
+
+def gradients(machine):
+    check = optimizer_checks.check_norm
+    mixed = np.resize(np.array([3e38, 1e-45, 1e-13, 1.0], np.float32), 90)
+    check(mixed)
+    # In two parts, of which either has the greatest element.
+    for drawn in np.random.default_rng(0).standard_normal((2, 300)).astype("float32"):
+        check(drawn * np.repeat(np.float32([1, 2]), 150))
+        drawn[[200, 130]] = np.inf
+        check(drawn, finite_only=True)
+    check(np.full(90, 1e-30, np.float32))
+    check(np.full(700, np.nan, np.float32))
+    for places in ([7], [60, 3]):
+        mixed[places] = np.inf
+        check(mixed, finite_only=True)
+    optimizer_checks.check_seams()
+    optimizer_checks.check_float64_range([1e300, 1e-300])
+    optimizer_checks.check_infinity("float32")
+    optimizer_checks.check_many(machine)
+    optimizer_checks.check_accuracy(machine)
+
+
+def optimizer(machine):
+    adamw = optimizer_checks.ADAMW
+    optimizer_checks.check_step(("sgd", (False, False, True)), "float32", steps=1, nonfinite="zero")
+    optimizer_checks.check_step(("adagrad", (True,)), "float32", steps=1, bound=1e9)
+    optimizer_checks.check_update(adamw, "float32")
+    optimizer_checks.check_step(adamw, "float32", size=40, steps=1)
+    optimizer_checks.check_trouble(adamw, "float32", "zero")
+    optimizer_checks.check_trouble(adamw, "float32", "propagate", bound=np.inf)
+    optimizer_checks.check_trouble(("rmsprop", (True, True, True)), "float32", "skip")
+
+
+#: What is run against the kernels of a module.
+CHECKS = {
+    "elementwise": elementwise,
+    "bias": bias,
+    "dropout": dropout,
+    "embedding": embedding,
+    "softmax": softmaxes,
+    "cross_entropy": losses,
+    "norm": norm,
+    "reduce": reduce,
+    "blockwide": reduce,
+    "gradient": gradients,
+    "optimizer": optimizer,
+}
+
+AGAIN = "some packs are worked on twice"
+EVERY = "every thread has the result, and any may write it"
+MAKES_UP = "what is left of the mean makes up for it"
+
+WRITER = {"cuda.threadIdx.x == 0 -> cuda.threadIdx.x != 0": EVERY}
+LANE = {"lane == 0 -> lane != 0": EVERY}
+STRIDE = {"threads() * LANES -> threads() + LANES": AGAIN}
+WIDTH = {"width * LANES -> width + LANES": AGAIN}
+
+#: Changes that change no result, by the name of the body, and why.
+EQUAL: dict[str, dict[str, str]] = {
+    "elementwise.map1_kernel": STRIDE,
+    "elementwise.map2_kernel": STRIDE,
+    "elementwise.map3_kernel": STRIDE,
+    "dropout.dropout_kernel": STRIDE,
+    "bias.bias_backward_kernel": {"thread == 0 -> thread != 0": EVERY},
+    "bias.bias_total_kernel": {"thread == 0 -> thread != 0": EVERY},
+    "softmax.block_greatest": {
+        "cuda.threadIdx.x & 31 == 0 -> cuda.threadIdx.x & 31 != 0": EVERY,
+    },
+    "softmax.column_statistics": {
+        "total * T(math.nan) -> total + T(math.nan)": "it is NaN either way",
+    },
+    "softmax.forward_rows_kernel": WIDTH,
+    "softmax.backward_rows_kernel": {"width * LANES -> width + LANES (2)": AGAIN},
+    "cross_entropy.loss_rows_kernel": WRITER,
+    "cross_entropy.loss_columns_kernel": WRITER,
+    "cross_entropy.loss_total_kernel": WRITER,
+    "cross_entropy.gradient_rows_kernel": WIDTH,
+    "norm.row_moments": {"first + offset -> first - offset": MAKES_UP},
+    "norm.together_kernel": {"base + offset -> base - offset": MAKES_UP},
+    "norm.moments_kernel": LANE,
+    "norm.forward_kernel": {
+        **LANE,
+        **WIDTH,
+        "first + (read(residual, start) if n > 0 else T(0)) -> "
+        "first - (read(residual, start) if n > 0 else T(0))": "sums may be relative to any number",
+    },
+    "norm.gradient_kernel": {"width * LANES -> width + LANES (2)": AGAIN},
+    "norm.segments_kernel": WIDTH,
+    "norm.segment_sums_kernel": {**LANE, **WIDTH},
+    "norm.segment_gradients_kernel": WIDTH,
+    "reduce.summary_kernel": WRITER,
+    "reduce.summary_total_kernel": WRITER,
+    "blockwide._in_block": LANE,
+    "gradient.measure_kernel": WRITER,
+    "gradient.norm_total_kernel": WRITER,
+    "optimizer.decide": {
+        **WRITER,
+        "mode & SCALES -> mode | SCALES (3)": "without a bound nobody reads what is written there",
+    },
+}
+
+
+def run(check):
+    with pytest.MonkeyPatch.context() as patch:
+        # What is short for a warp is a matter of speed alone; here a row of 80 is long.
+        patch.setattr(softmax, "SHORT", 40)
+        patch.setattr(norm_launch, "SHORT", 40)
+        machine = QuickGpu()
+        patch.setitem(launch.STAND_INS, np.ndarray, machine)
+        check(machine)
+
+
+@cache
+def passes(check):
+    """The kernels as they are pass; looked at once."""
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "check"),
+    [
+        pytest.param(f"{family}.{name}", template, check, id=f"{family}.{name}")
+        for family, check in CHECKS.items()
+        for name, template in bodies(
+            importlib.import_module(f"gpugrad.kernels.cuda.{family}")
+        ).items()
+        if operators(template)
+    ],
+)
+def test_a_changed_operator_is_noticed(name, template, check):
+    passes(check)
+    missed = unnoticed(template, EQUAL.get(name, {}), lambda: run(check))
+    assert not missed, f"nobody noticed {missed}"

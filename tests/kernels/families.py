@@ -1,0 +1,366 @@
+"""Everything that the CPU's kernels compute, family by family, on small arrays.
+
+A check yields results one after the other, of whatever mode it runs in: those of the kernels are
+compared with those of the generic text. The sizes are those of `tests/kernels/interpreter.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+import gpugrad as gg
+from gpugrad.backend import backend_for_device
+from gpugrad.backend.kernels import fusible, kernel_mode
+from gpugrad.backend.random import ROUNDS, philox_round, stream
+from gpugrad.clip import max_abs, nonfinite_count, sum_of_squares
+from gpugrad.clip.scaling import scaled
+from gpugrad.core.primitive import registry
+from gpugrad.core.tensor import tensor_of
+from gpugrad.kernels import scalars as texts
+from gpugrad.kernels.cpu import compile as compiler
+from gpugrad.kernels.cpu import gemm as gemms
+from gpugrad.kernels.cpu import products as many_gemms
+from gpugrad.kernels.random import philox_block
+from gpugrad.kernels.template import SCALARS
+from gpugrad.ops import activations, losses, normalization
+from gpugrad.ops.fused import bias_activation_backward
+from gpugrad.ops.updates import RULES
+from gpugrad.optim.flat import flat_norm, flat_update
+from tests.kernels.cpu.test_optimizer import NUMBERS, VARIANTS
+from tests.kernels.parity import layouts
+
+NUMPY = backend_for_device("cpu")
+NAN, INF = np.nan, np.inf
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype("float32")
+
+
+def derived(function, *arrays, wanted=None, **parameters):
+    """Results, and the gradients of those arrays that are wanted, or of all of floats."""
+    tensors = [None if x is None else tensor_of(x) for x in arrays]
+    for i, x in enumerate(tensors):
+        if x is not None and x.data.dtype.kind == "f" and (wanted is None or i in wanted):
+            x.requires_grad_()
+    found = function(*tensors, **parameters)
+    found = found if isinstance(found, tuple) else (found,)
+    for seed, y in enumerate(found):
+        yield y.data
+        up = np.asarray(random(*y.shape, seed=90 + seed), y.data.dtype)
+        y.backward(tensor_of(up), retain_graph=seed + 1 < len(found))
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            yield x.grad.data
+
+
+def elementwise():
+    for size in (100, 205):
+        x = 3 * random(size)
+        yield from derived(gg.gelu, x)
+        yield from derived(gg.tanh, x)
+        yield from derived(gg.swiglu, x, random(size, seed=1))
+        yield from derived(gg.geglu, x, random(size, seed=1))
+
+
+def bias():
+    g, x, b = random(25, 30), random(25, 30, seed=1), random(30, seed=2)
+    for upstream in (g, np.where(g > 2, np.float32(NAN), g)):
+        for activation in ("silu", "tanh"):
+            for rows in (slice(None), slice(4)):
+                yield from bias_activation_backward(
+                    NUMPY, upstream[rows], x[rows], b, activation, True
+                )
+    yield from derived(gg.bias_activation, x, b, activation="tanh")
+    yield from derived(gg.bias_activation, x, b, activation="gelu")
+
+
+STREAM = {"seed": 0x9E3779B97F4A7C15, "offset": (1 << 33) + 5}
+
+
+def dropout():
+    yield from derived(gg.dropout, random(205), p=0.4, **STREAM)
+    for shape, activation in itertools.product(((31, 7), (3, 75)), (None, "gelu", "tanh")):
+        x, b, r = random(*shape), random(shape[1], seed=1), random(*shape, seed=2)
+        yield from derived(
+            gg.bias_activation_dropout, x, b, r, activation=activation, p=0.4, **STREAM
+        )
+    yield from derived(gg.bias_activation_dropout, x, b, activation="gelu", p=0.4, **STREAM)
+    yield from derived(gg.bias_activation_dropout, x, activation="relu", p=0.0, **STREAM)
+    yield from derived(gg.dropout, x, p=1.0)
+    for number in (3, (1 << 33) + 7):
+        state = (number & 0xFFFFFFFF, number >> 32, *stream(**STREAM))
+        for _ in range(ROUNDS):
+            state = philox_round(*state)
+        if kernel_mode() != "off":
+            state = philox_block.instance(compiler.CPU, "float32")(number, *stream(**STREAM))
+        yield from state[:4]
+
+
+def embedding():
+    index = np.random.default_rng(3).integers(0, 12, (8, 5)) ** 2 // 11
+    table = random(20, 40)
+    yield from derived(gg.embedding, index, table)
+    yield from derived(gg.embedding, index.astype("int32"), table[:, :3], padding_idx=4)
+    yield from derived(gg.embedding, index, table[:12], scale_grad_by_freq=True)
+
+
+def special_rows():
+    """Masks, infinities and NaN, in more than one piece."""
+    rows = random(14, 70)
+    rows[1, :40] = rows[2, 9:] = rows[3] = -INF
+    rows[4, 3] = rows[5, 60] = INF
+    rows[6, 0], rows[7, 69], rows[8, 50] = NAN, -NAN, 3e4
+    rows[9, 1:], rows[10], rows[11, 45:] = -INF, -2e4, rows[11, 45:] + 20
+    rows[12] += np.arange(70, dtype="float32")
+    return rows
+
+
+def softmax():
+    for function in (gg.softmax, gg.log_softmax):
+        yield from derived(function, 2 * random(7, 75), axis=1)
+        yield from derived(function, 2 * random(2, 20, 35), axis=1)
+        yield from derived(function, 2 * random(2, 3, 4, 5), axis=2)
+        yield function(tensor_of(special_rows()), axis=1).data
+        yield function(tensor_of(np.ascontiguousarray(special_rows().T)), axis=0).data
+    for name in ("softmax_backward", "log_softmax_backward"):
+        yield getattr(activations, name)(NUMPY, random(3, 5), -np.abs(random(3, 5, seed=1)), axis=1)
+
+
+def cross_entropy():
+    rng = np.random.default_rng(0)
+    for shape in ((13, 11), (5, 75), (2, 11, 19)):
+        x, weight = 3 * random(*shape), np.float32(0.5) + rng.random(shape[1], dtype="float32")
+        target = rng.integers(0, shape[1], (shape[0], *shape[2:]))
+        for smoothing, w in itertools.product((0.0, 0.2), (None, weight)):
+            for reduction, ignored in (("none", -100), ("mean", 3), ("sum", -1)):
+                t = np.where(rng.random(target.shape) < 0.3, ignored, target)
+                yield from derived(
+                    gg.cross_entropy, x, t, w, wanted=[0], ignore_index=ignored,
+                    reduction=reduction, label_smoothing=smoothing,
+                )  # fmt: skip
+    x, target = special_rows(), rng.integers(0, 70, 14)
+    for laid, t in ((x, target), (np.ascontiguousarray(x.T)[None], target[None])):
+        yield losses.class_cross_entropy(laid, t, reduction="none", label_smoothing=0.1)[0].data
+
+
+#: Which arguments need a gradient: x, weight, bias, each alone and with others.
+NEEDS = ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2])
+
+
+def large_mean(*shape):
+    return (1e4 + 1e-2 * np.random.default_rng(8).standard_normal(shape)).astype("float32")
+
+
+def norm():
+    x, r, w, b = random(45, 13) + 1, random(45, 13, seed=1), random(13, seed=2), random(13, seed=3)
+    for wanted in NEEDS:
+        yield from derived(gg.layer_norm, x, w, b, wanted=wanted)
+    yield from derived(gg.add_layer_norm, x, r, w, b, eps=0.1)
+    yield from derived(gg.layer_norm, random(3, 75))
+    for wanted in ([0], [1], [0, 1]):
+        yield from derived(gg.rms_norm, x, w, wanted=wanted)
+    yield from derived(gg.add_rms_norm, x, r, w, eps=0.1)
+    yield from derived(gg.rms_norm, random(3, 75))
+    images, more = random(7, 6, 11) + 1, random(7, 6, 11, seed=1)
+    for wanted in NEEDS:
+        yield from derived(gg.group_norm, images, w[:6], b[:6], groups=3, wanted=wanted)
+    yield from derived(gg.add_group_norm, images, more, w[:6], b[:6], groups=2, eps=0.1)
+    yield from derived(gg.group_norm, random(2, 4, 40), groups=2)
+    first = random(3, 75)
+    first[:, 0] = 100
+    yield fusible(registry["layer_norm"].forward, "layer_norm")(NUMPY, first)[1]
+    for function, value, size in (
+        (gg.layer_norm, large_mean(3, 75), {}),
+        (gg.group_norm, large_mean(2, 4, 20), {"groups": 2}),
+    ):
+        yield function(tensor_of(value), eps=1e-12, **size).data
+    # Backward without statistics, which are then computed anew.
+    yield from filter_none(
+        normalization.layer_norm_backward(NUMPY, r, x, w, None, 1, 1e-5, (True, True, True))
+    )
+    yield from filter_none(
+        normalization.rms_norm_backward(NUMPY, r, x, w, None, 1, 1e-5, (True, True))
+    )
+    yield from filter_none(
+        normalization.group_norm_backward(
+            NUMPY, more, images, w[:6], None, 3, 1e-5, (True, True, True)
+        )
+    )
+
+
+def filter_none(arrays):
+    return (x for x in arrays if x is not None)
+
+
+def batch_norm():
+    beside = np.moveaxis(random(3, 4, 5, 6) + 1, -1, 1)  # channels last
+    for x in (random(5, 6, 11) + 1, random(3, 6, 70) + 1, random(75, 6) + 1, beside):
+        w, b, mean = (random(6, seed=seed) for seed in (2, 3, 4))
+        var = np.abs(mean) + np.float32(0.5)
+        for wanted in NEEDS:
+            yield from derived(normalization.batch_norm_training, x, w, b, wanted=wanted)
+        yield from derived(normalization.batch_norm_training, x, eps=0.1)
+        yield from derived(gg.batch_norm_inference, x, mean, var, w, b)
+        yield from derived(gg.batch_norm_inference, x, mean, var, eps=0.1)
+        g = random(*x.shape, seed=5)
+        yield from normalization.batch_norm_backward(NUMPY, g, x, w, None, 1e-5, (True, True, True))
+    for shape in ((2, 6, 40), (75, 6)):
+        yield normalization.batch_norm_training(tensor_of(large_mean(*shape)), eps=1e-12).data
+
+
+def reduce():
+    plain, tiny = random(205), np.full(100, 1e-23, "float32")
+    spoilt = plain.copy()
+    spoilt[[3, 70, 99]] = NAN, INF, -INF
+    great, greatest = np.full(100, 1e25, "float32"), np.array([-5, 3, -2], "float32")
+    for x in (plain, plain[:50], plain[::2], tiny, great, spoilt, greatest, -np.abs(plain)):
+        if kernel_mode() == "off":  # in single precision the generic text overflows
+            yield np.log(np.square(x, dtype="float64").sum())
+        else:
+            yield np.log(sum_of_squares(NUMPY, x))
+        yield np.log(max_abs(NUMPY, x))
+        yield nonfinite_count(NUMPY, x)
+    for size in (50, 205):
+        yield scaled(NUMPY, plain[:size].copy(), np.array(0.3, "float32"))
+
+
+def optimizer():
+    plain = random(205)
+    for size in (50, 130, 205):
+        spoilt = plain[:size].copy()
+        spoilt[[30, 40]] = NAN, -INF
+        mixed = np.where(np.arange(size) < 64, np.float32(1e-23), plain[:size])
+        great = np.where(np.arange(size) < 64, np.float32(1e25), plain[:size])
+        tiny = np.full(size, 1e-23, "float32")
+        for x in (plain[:size], mixed, great, spoilt, tiny, 0 * tiny):
+            for finite_only in (False, True):
+                squares, top, *where = flat_norm(NUMPY, x, finite_only=finite_only)
+                yield from (np.log(squares), np.log(top), *where)
+    far = plain.copy()
+    far[[199, 140]] = INF, NAN
+    yield from flat_norm(NUMPY, far, finite_only=True)
+    for name, flags in VARIANTS:
+        for size in (205, 40):
+            p, g = random(size), random(size, seed=1)
+            given = {"mean": g * 0.3, "velocity": g * 2, "square": g * g + 0.5, "total": g * g + 1}
+            states = [given[s].astype("float32") for s in RULES[name].kept(flags)]
+            g[7] = INF
+            for factor, finite_only in ((None, True), (np.array(0.5, "float32"), True)):
+                yield from flat_update(
+                    NUMPY, p, g, *states, count=np.array(3), skip=None, finite_only=finite_only,
+                    rule=name, factor=factor, flags=flags, numbers=NUMBERS,
+                )  # fmt: skip
+
+
+#: Where the functions of `kernels/scalars.py` have their seams, ends and special cases.
+POINTS = (
+    0.0, 1e-45, 1e-39, 1e-30, 1e-10, 1e-5, 3e-4, 0.1, 0.3, 0.4, 0.5, 0.59, 0.61, 0.7, 0.72, 0.9,
+    1.0, 1.1, 1.41, 1.42, 2.0, 3.0, 3.9, 4.1, 5.5, 6.5, 9.0, 11.0, 17.0, 21.0, 50.0, 86.0, 88.7,
+    90.0, 103.0, 110.0, 709.7, 711.0, 745.0, 1e5, 3e38, INF, NAN,
+)  # fmt: skip
+
+
+def scalars():
+    """How many units in the last place results are off, beyond three; and their signs."""
+    for dtype in ("float32", "float64"):
+        x = np.array([*POINTS, *(-p for p in POINTS)], dtype)
+        for name in SCALARS:
+            wide = x.astype("float64")
+            known = np.vectorize(math.erf) if name == "erf" else getattr(np, name)
+            found = exact = known(wide).astype(dtype)
+            if kernel_mode() != "off":
+                function = getattr(texts, name).instance(compiler.CPU, dtype)
+                found = np.array([function(v) for v in x], dtype)
+            finite = np.isfinite(exact)
+            off = np.abs(found - exact)[finite] / np.spacing(np.abs(exact[finite]))
+            yield np.maximum(off, 3)
+            yield np.where(finite, np.copysign(1, found), found)
+
+
+def product(a, b, out=None, accumulate=False, summed=False):
+    """A product, with the sum of its squares; NumPy's own where kernels are off."""
+    shape = np.matmul(a, b).shape
+    if out is None:
+        out = np.full(shape, 2, "float32")
+    if kernel_mode() == "off":
+        out[...] = np.matmul(a, b) + (out if accumulate else 0)
+        return [out, np.square(out, dtype="float64").sum()]
+    sums = np.full(many_gemms.sumsq_size(shape), NAN) if summed else None
+    found = many_gemms.matmul(a, b, out, accumulate=accumulate, sumsq=sums)
+    assert found is out
+    return [out, sums.sum() if summed else np.square(out, dtype="float64").sum()]
+
+
+def one_product(a, b, out, beta):
+    if kernel_mode() == "off":
+        out[...] = a @ b + (beta * out if beta else 0)
+    else:
+        gemms.gemm["float32"](a, b, out, np.float32(beta))
+    return out
+
+
+MISALIGNED = lambda x: dict(layouts(x))["misaligned"]
+
+#: A matrix in memory in the ways that BLAS can read, and in some that it cannot.
+LAYOUTS = (
+    lambda x: x.copy(),
+    lambda x: np.asfortranarray(x),
+    lambda x: np.repeat(np.repeat(x, 2, axis=0), 2, axis=1)[::2, ::2],
+    lambda x: np.repeat(x, 3, axis=0)[::3],
+    lambda x: np.ascontiguousarray(x[::-1])[::-1],
+    lambda x: np.ascontiguousarray(np.repeat(x.T, 2, axis=0))[::2].T,
+    MISALIGNED,
+)
+
+
+def gemm():
+    yield from products_of((9, 3, 5))
+    for stack in ((3,), (2, 3), (2, 1, 3)):
+        a, b = random(*stack, 5, 4), random(*stack, 4, 9, seed=1)
+        yield from product(a, b)
+        yield from product(a, b, summed=True)
+        yield from product(a, b[..., :1, :, :], summed=True)
+        yield from product(a[..., :1, :, :], b, accumulate=True)
+        yield from product(a, b[(0,) * len(stack)])
+        yield from product(a.swapaxes(-1, -2), random(5, 3))
+    yield from product(random(30, 4), random(4, 5), accumulate=True, summed=True)
+    # Operands that lie in the memory of the result; the other one is below it.
+    for start in (17, 24, 31, 40, 47):
+        for turn in (lambda x: x, lambda x: x.T):
+            x = random(63)
+            other, shared, out = (x[i : i + 16].reshape(4, 4) for i in (0, start, 32))
+            yield from product(turn(shared), other, out)
+            yield from product(other, out, turn(shared))
+            yield x
+    x = random(8, 4, 4)
+    yield from product(x[5:2:-1], x[0], x[1:4])
+    yield from product(x[1:4], x[0], x[5:2:-1])
+    # Rows that overlap, which are BLAS's neither as they are nor transposed.
+    windows = np.lib.stride_tricks.sliding_window_view(random(25), 8)[::4]
+    for x in (windows, windows.T):
+        yield from product(x, random(x.shape[1], 3))
+        yield from product(random(3, x.shape[0]), x)
+    for shape in ((3, 2, 7), (1, 4, 3), (4, 1, 3), (4, 3, 1), (3, 0, 2)):
+        yield from products_of(shape)
+
+
+def products_of(shape):
+    """One, in all layouts."""
+    m, k, n = shape
+    a, b, c = random(m, k), random(k, n, seed=1), random(m, n, seed=2)
+    same, *others = LAYOUTS
+    for left, right, out in (
+        (same, same, same), (others[0],) * 3, (others[1],) * 3,
+        *((other, same, same) for other in others),
+        *((same, other, same) for other in others),
+        *((same, same, other) for other in others),
+    ):  # fmt: skip
+        if MISALIGNED not in (left, right, out):
+            yield one_product(left(a), right(b), out(c), 0)
+            yield one_product(left(a), right(b), out(c), 1)
+        yield from product(left(a), right(b), out(c))
+        yield from product(left(a), right(b), out(c), True, summed=True)
