@@ -29,9 +29,12 @@ class Buffer(Protocol):
     ----------
     flat:
         The one-dimensional array of all of them.
+    counts:
+        Whether the references to a lent array tell who sees into it, since its views hold one.
     """
 
     flat: Array
+    counts: bool
 
     def lend(self, start: int, shape: tuple[int, ...]) -> tuple[Array, Any]:
         """The part that begins at element `start`, and an object that lives as long as the loan.
@@ -46,6 +49,8 @@ class HostBuffer:
     A view refers to the last array before one that does not belong to NumPy. The memory is
     therefore given to every loan as something that is no array.
     """
+
+    counts = True
 
     def __init__(self, size: int, dtype: Any, device: str = "cpu") -> None:
         self._dtype = np.dtype(dtype)
@@ -68,6 +73,8 @@ class _Loan:
 
 class GpuBuffer:
     """A :class:`Buffer` of CuPy arrays: every loan is memory of its own, owned by the loan."""
+
+    counts = False
 
     def __init__(self, size: int, dtype: Any, device: str) -> None:
         import cupy

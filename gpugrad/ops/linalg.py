@@ -210,7 +210,7 @@ def _check_linear_bias(weight: Array, bias: Array) -> None:
 @fusible
 def linear_activation_backward(
     m: Any, g: Any, x: Any, weight: Any, bias: Any, kept: Any, activation: str, needs: Any,
-    weight_home: Any,
+    weight_home: Any, bias_home: Any,
 ) -> Any:  # fmt: skip
     """All gradients of a layer in one call, each only when it is needed."""
     chosen = ACTIVATIONS[activation]

@@ -20,10 +20,10 @@ Where two optimisers have the same parameters, the one made later holds them.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from sys import getrefcount
 from threading import Lock
 from typing import Any
 
@@ -43,6 +43,10 @@ def _gone() -> None:
     """A weak reference to nothing."""
 
 
+#: References to an array in :meth:`Place.take` when nobody but its place holds it.
+_IDLE = 3
+
+
 _taking = Lock()
 
 
@@ -59,7 +63,9 @@ class Place:
         The array that the memory of the gradient was last lent as, or None.
     """
 
-    __slots__ = ("_arena", "_loan", "kept", "lent", "own", "shape", "size", "start", "tensor")
+    __slots__ = (
+        "_arena", "_loan", "_mine", "kept", "lent", "own", "shape", "size", "start", "tensor"
+    )  # fmt: skip
 
     def __init__(self, arena: Arena, tensor: Tensor, start: int) -> None:
         self._arena: Reference = weakref.ref(arena)
@@ -70,6 +76,7 @@ class Place:
         self.own: Reference = _gone
         self.lent: Reference = _gone
         self._loan: Reference = _gone
+        self._mine: Any = None  # the array to lend, where its references tell who else holds it
         self.kept: dict[str, Any] | None = None  # the state whose arrays are in the buffers
 
     @property
@@ -81,12 +88,16 @@ class Place:
         arena = self._arena()
         if arena is None or arena.g is None:
             return None
+        mine = self._mine
+        if mine is not None and getrefcount(mine) == _IDLE:
+            return mine
         with _taking:  # two threads may run backward
             if self._loan() is not None:
                 return None
             array, loan = arena.g.lend(self.start, self.shape)
             self.lent = weakref.ref(array)
             self._loan = weakref.ref(loan)
+            self._mine = array if arena.g.counts else None
         return array
 
     def keep(self, g: Array) -> Array | None:
@@ -322,8 +333,8 @@ def _movable(space: Backend, tensor: Tensor) -> bool:
 
 _probe = tensor_of(np.zeros(1))
 #: References to an array that only its tensor holds. Views hold theirs, too.
-_ONE_HOLDER = sys.getrefcount(_probe.data)
+_ONE_HOLDER = getrefcount(_probe.data)
 
 
 def _alone(tensor: Tensor) -> bool:
-    return isinstance(tensor.data, np.generic) or sys.getrefcount(tensor.data) <= _ONE_HOLDER
+    return isinstance(tensor.data, np.generic) or getrefcount(tensor.data) <= _ONE_HOLDER

@@ -183,7 +183,7 @@ def linear_activation(
 
 def linear_activation_backward(
     m: Backend, g: Array, x: Array, weight: Array, bias: Array, kept: Array, activation: str,
-    needs: tuple[bool, ...], weight_home: Array | None,
+    needs: tuple[bool, ...], weight_home: Array | None, bias_home: Array | None,
 ) -> tuple[Array | None, ...]:  # fmt: skip
     """Gradients of `x`, `weight` and `bias`, those that are needed."""
     loops = _loops(activation)
@@ -200,7 +200,7 @@ def linear_activation_backward(
     gw = weight_home
     if gw is None:
         gw = empty(weight.shape, dtype) if needs[1] else gz
-    gb = np.empty(features, dtype)
+    gb = np.empty(features, dtype) if bias_home is None else bias_home
     if _is_small(rows, weight):
         loops.backward_small[numpy_storage(dtype)](
             g, kept, in_a_row(x), in_a_row(weight), gz, gx, gw, gb, needs[0], needs[1]
@@ -210,7 +210,7 @@ def linear_activation_backward(
         totals = np.zeros((chunks, features))
         parts = np.zeros((chunks, features), dtype)
         loops.backward_large[numpy_storage(dtype)](g, kept, gz, parts, totals)
-        gb = totals.sum(axis=0).astype(dtype)
+        gb[...] = totals.sum(axis=0)
         if needs[0]:
             products.matmul(gz, weight, gx)
         if needs[1]:
