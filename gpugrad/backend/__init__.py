@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from gpugrad.backend.base import Array, Backend, DeviceInfo
+from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype
 from gpugrad.backend.kernels import Kernel, Slot
 from gpugrad.backend.numpy import NumpyBackend
 from gpugrad.errors import DeviceError, DTypeError
@@ -18,6 +18,7 @@ __all__ = [
     "Backend",
     "BackendInfo",
     "DeviceInfo",
+    "as_dtype",
     "backend_for_device",
     "backend_of",
     "describe",

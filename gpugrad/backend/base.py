@@ -61,6 +61,9 @@ class Backend:
     #: function (``m.softmax``).
     extras: ClassVar[dict[str, Callable[..., Any]]] = {}
 
+    #: Functions by name in the place of the library's own, where these do not do.
+    own: ClassVar[dict[str, Callable[..., Any]]] = {}
+
     #: Where the operations that this library has fused kernels for find them.
     slots: Mapping[str, Slot] = MappingProxyType({})
 
@@ -78,7 +81,7 @@ class Backend:
         if name.startswith("__") or name == "xp":
             raise AttributeError(name)
         try:
-            value = getattr(self.xp, name)
+            value = self.own[name] if name in self.own else getattr(self.xp, name)
         except AttributeError:
             if name not in self.extras:
                 raise
@@ -118,7 +121,7 @@ class Backend:
 
     def find_dtype(self, dtype: Any) -> DType:
         try:
-            name = np.dtype(dtype).name
+            name = as_dtype(dtype).name
         except TypeError:
             return dtype  # already the library's own
         try:
@@ -275,6 +278,14 @@ class Backend:
         generator = np.random.Generator(np.random.Philox(seed))
         host = generator.standard_normal(shape, dtype=np.float64)
         return self.asarray(host.astype(np.dtype(dtype)), device=device)
+
+
+def as_dtype(dtype: Any) -> np.dtype[Any]:
+    """As `numpy.dtype`, which knows the name `"bfloat16"` once ml_dtypes is imported."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        import ml_dtypes  # noqa: F401
+    found: np.dtype[Any] = np.dtype(dtype)
+    return found
 
 
 def is_basic(index: Any) -> bool:

@@ -17,7 +17,7 @@ import cupy
 import cupyx
 import numpy as np
 
-from gpugrad.backend.base import Array, Backend, DeviceInfo, is_basic
+from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype, is_basic
 from gpugrad.backend.kernels import Slot
 from gpugrad.errors import DeviceError
 
@@ -64,8 +64,7 @@ class CupyBackend(Backend):
     # -- dtypes: CuPy's are NumPy's ----------------------------------------------------------------
 
     def find_dtype(self, dtype: Any) -> np.dtype[Any]:
-        found: np.dtype[Any] = np.dtype(dtype)
-        return found
+        return as_dtype(dtype)
 
     def numpy_dtype(self, x: Array) -> np.dtype[Any]:
         return x.dtype  # type: ignore[no-any-return]
@@ -242,6 +241,12 @@ class CupyBackend(Backend):
         ]
         grid[axis] = indices
         return _atomically(g, tuple(grid), shape)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        if max(a.ndim, b.ndim) > 2 and a.dtype == b.dtype and a.dtype.kind == "V":
+            # CuPy multiplies single matrices of bfloat16, and no stacks of them.
+            return cupy.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+        return cupy.matmul(a, b)
 
     def erf(self, x: Array) -> Array:
         from cupyx.scipy.special import erf  # a tenth of a second that most programs do not need

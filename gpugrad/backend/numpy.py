@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gpugrad.backend import scratch
-from gpugrad.backend.base import Array, Backend, DeviceInfo, is_basic
+from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype, is_basic
 from gpugrad.backend.kernels import Slot
 
 #: Elements of a temporary array that stays in the processor's cache.
 _BLOCK = 8192
 
 
+def _matmul(a: Array, b: Array) -> Array:
+    """`numpy.matmul`; two-byte floats, for which there is no BLAS, are added up in float32."""
+    if a.dtype.itemsize != 2 or a.dtype.kind in "iu" or a.dtype != b.dtype:
+        return np.matmul(a, b)
+    return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+
+
 class NumpyBackend(Backend):
     """NumPy 2's main namespace is an Array API namespace already."""
+
+    own: ClassVar[dict[str, Callable[..., Any]]] = {"matmul": _matmul}
 
     def __init__(self) -> None:
         super().__init__("numpy", np, "cpu", (np.ndarray, np.generic))
@@ -31,8 +40,7 @@ class NumpyBackend(Backend):
         return SLOTS
 
     def find_dtype(self, dtype: Any) -> np.dtype[Any]:
-        found: np.dtype[Any] = np.dtype(dtype)
-        return found
+        return as_dtype(dtype)
 
     def numpy_dtype(self, x: Array) -> np.dtype[Any]:
         return x.dtype  # type: ignore[no-any-return]

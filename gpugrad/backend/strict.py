@@ -11,7 +11,7 @@ from typing import Any
 import array_api_strict
 import numpy as np
 
-from gpugrad.backend.base import Array, Backend, DeviceInfo
+from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype
 from gpugrad.backend.numpy import NumpyBackend
 from gpugrad.errors import DeviceError, DTypeError
 
@@ -36,7 +36,7 @@ class StrictBackend(Backend):
         return super().dtype(dtype)
 
     def find_dtype(self, dtype: Any) -> Any:
-        name = np.dtype(dtype).name
+        name = as_dtype(dtype).name
         try:
             return getattr(array_api_strict, name)
         except AttributeError:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from gpugrad.backend import SPACES, Backend, backend_for_device, is_array, on_register
 from gpugrad.backend.kernels import Choice, fusible, note
+from gpugrad.core.autocast import NARROWS, cast_operands, casting
 from gpugrad.core.graph import GenericNode, Pick, next_seq
 from gpugrad.core.modes import gate, is_grad_enabled, records
 from gpugrad.core.nodes import (
@@ -220,6 +221,10 @@ def function_source(made: Primitive) -> str:
     if made.variadic:
         return _variadic_source(made, lines, kwargs)
     count = range(len(operands))
+    if made.name in NARROWS:
+        together = "".join(f"{o}, " for o in operands)
+        add("    if casting_:")
+        add(f"        {together}= cast_operands(made, ({together}))")
     for i in count:
         name = operands[i]
         others = "(" + "".join(f"{operands[j]}, " for j in count if j != i) + ")"
@@ -377,6 +382,9 @@ def _add_joint(made: Primitive, lines: list[str], arrays: str, values: str) -> N
 def _variadic_source(made: Primitive, lines: list[str], kwargs: str) -> str:
     name = made.operands[0]
     add = lines.append
+    if made.name in NARROWS:
+        add("    if casting_:")
+        add(f"        {name} = cast_operands(made, {name})")
     add(f"    arrays, parents, kind = lift_all(made, {name})")
     _add_lookup(lines)
     add("    try:")
@@ -483,6 +491,7 @@ def build(made: Primitive) -> None:
         "kind_of": kind_of, "fail": fail, "foreign": foreign, "normalise": normalise,
         "record": record, "meta_of": meta_of, "next_seq": next_seq, "gate_": gate,
         "records": records, "made": made, "node_class": node_class, "nodes": {},
+        "casting_": casting, "cast_operands": cast_operands,
         "implement": implement, "implementations": made.implementations,
         "__name__": made.forward.__module__,
     }  # fmt: skip

@@ -55,7 +55,8 @@ HOME = "_home"
 
 #: Names that a rule or the generated code around it gives a meaning of its own.
 RESERVED = frozenset({
-    "SCALARS", "SPACES", "Tensor", "aux", "complex", "error", "fail", "foreign", "forward", "g",
+    "SCALARS", "SPACES", "Tensor", "aux", "cast_operands", "casting_",
+    "complex", "error", "fail", "foreign", "forward", "g",
     "gate_", "implement", "implementations", "isinstance", "kind", "kind_of", "kwargs", "lift",
     "key_", "lift_all", "m", "made", "meta_of", "n", "needs", "next_seq", "node_class", "nodes",
     "normalise",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpugrad.backend import Backend, register_backend, register_kernel
 from gpugrad.backend.kernels import Kernel, fusible, kernel_mode, use_kernels
+from gpugrad.core.autocast import autocast, is_autocast_enabled
 from gpugrad.core.checks import check_grads
 from gpugrad.core.conversion import asarray, from_dlpack, tensor
 from gpugrad.core.explain import Explanation, explain
@@ -21,6 +22,7 @@ __all__ = [
     "Sample",
     "Tensor",
     "asarray",
+    "autocast",
     "check_grads",
     "composite",
     "elementwise",
@@ -33,6 +35,7 @@ __all__ = [
     "hessian",
     "hvp",
     "identity",
+    "is_autocast_enabled",
     "is_grad_enabled",
     "jacobian",
     "jvp",

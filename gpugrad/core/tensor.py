@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
-from gpugrad.backend import SPACES, Array, Backend
+from gpugrad.backend import SPACES, Array, Backend, as_dtype
 from gpugrad.core import graph
 from gpugrad.core.graph import (
     NOT_IN_PLACE,
@@ -245,8 +245,8 @@ class Tensor:
         ):
             device, dtype = None, device
         out: Tensor = self
-        if dtype is not None and np.dtype(dtype) != self.dtype:
-            out = differentiable.astype(out, np.dtype(dtype))
+        if dtype is not None and as_dtype(dtype) != self.dtype:
+            out = differentiable.astype(out, as_dtype(dtype))
         if device is not None and not same_device(device, self.device):
             out = differentiable.to_device(out, device=device)
         return out
@@ -596,7 +596,7 @@ def same_device(a: str, b: str) -> bool:
 
 def _is_dtype_name(name: str) -> bool:
     try:
-        np.dtype(name)
+        as_dtype(name)
     except TypeError:
         return False
     return True

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gpugrad.backend import backend_for_device
+from gpugrad.backend import as_dtype, backend_for_device
 from gpugrad.backend.random import check_probability
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
@@ -23,7 +23,7 @@ __all__ = ["Dropout", "Embedding", "Flatten", "Identity", "Linear"]
 
 def _empty(shape: tuple[int, ...], device: str | None, dtype: Any) -> Parameter:
     space = backend_for_device(device or "cpu")
-    host = np.zeros(shape, dtype=np.dtype(dtype or "float32"))
+    host = np.zeros(shape, dtype=as_dtype(dtype or "float32"))
     return Parameter(space.asarray(host, device=device))
 
 

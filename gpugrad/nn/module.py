@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from gpugrad.backend import as_dtype
 from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Parameter, Tensor
@@ -283,11 +284,11 @@ class Module:
             if dtype is not None:
                 raise ModuleError(f"to: {device!r} is no device string such as 'cpu' or 'cuda:0'")
             device, dtype = None, device
-        if dtype is not None and np.dtype(dtype).kind != "f":
+        if dtype is not None and not _is_real_floating(as_dtype(dtype)):
             raise ModuleError(f"to: parameters are real floating-point numbers, not {dtype}")
         moved: list[tuple[Tensor, Any, Tensor | None]] = []
         for x in (*self.parameters(), *self.buffers()):
-            wanted = dtype if x.dtype.kind == "f" else None
+            wanted = dtype if _is_real_floating(x.dtype) else None
             grad = None if x.grad is None else x.grad.detach().to(device, wanted)
             moved.append((x, x.detach().to(device, wanted).data, grad))
         for x, data, grad in moved:  # only now: a device that cannot be used changes nothing
@@ -445,11 +446,15 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def _is_real_floating(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
 def _names_device(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     try:
-        np.dtype(value)
+        as_dtype(value)
     except TypeError:
         return True
     return False

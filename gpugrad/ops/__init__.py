@@ -21,6 +21,7 @@ from gpugrad.ops.losses import *
 from gpugrad.ops.manipulation import *
 from gpugrad.ops.methods import attach
 from gpugrad.ops.normalization import *
+from gpugrad.ops.precision import *
 from gpugrad.ops.random import *
 from gpugrad.ops.reductions import *
 from gpugrad.ops.trigonometric import *

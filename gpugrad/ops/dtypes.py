@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpugrad.backend import backend_for_device
+from gpugrad.backend import as_dtype, backend_for_device
 from gpugrad.core.primitive import differentiable
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import DeviceError, ParameterError
@@ -65,9 +65,7 @@ newaxis = None
 
 def __getattr__(name: str) -> Any:
     if name == "bfloat16":  # NumPy knows it once ml_dtypes, which need not be there, is imported
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
+        return as_dtype(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

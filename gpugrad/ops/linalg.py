@@ -131,7 +131,10 @@ def _explain_matmul(a: Array, b: Array) -> None:
 @fusible
 def matmul_into(m: Backend, a: Array, b: Array, out: Array) -> Array:
     """``a @ b`` for two matrices, written into ``out``, which is returned."""
-    m.xp.matmul(a, b, out=out)
+    if a.dtype.itemsize == 2:
+        m.setitem(out, ..., m.matmul(a, b))
+    else:
+        m.xp.matmul(a, b, out=out)
     return out
 
 

@@ -23,7 +23,7 @@ from gpugrad.kernels.cpu import products
 from gpugrad.kernels.cpu.bias import CHUNKS
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import BLOCK, LABEL
-from gpugrad.kernels.cpu.gemm import GRAIN, available, gemm
+from gpugrad.kernels.cpu.gemm import GRAIN, available, rows_product
 from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, read, write
 from gpugrad.ops import formulas
@@ -87,7 +87,7 @@ def _backward_rows(g, kept, gz, part, total, a, b):
 
 @serial
 def _forward_small(x, weight, bias, z, y):
-    gemm(x, weight.T, z, T(0))
+    rows_product(x, False, weight, True, z)
     _forward_rows(z, bias, y, 0, z.shape[0])
 
 
@@ -101,9 +101,9 @@ def _backward_small(
     for j in range(gb.size):
         gb[j] = total[j]
     if needs_x:
-        gemm(gz, weight, gx, T(0))
+        rows_product(gz, False, weight, False, gx)
     if needs_weight:
-        gemm(gz.T, x, gw, T(0))
+        rows_product(gz, True, x, False, gw)
 
 
 # -- many rows on all threads ----------------------------------------------------------------------
