@@ -50,6 +50,11 @@ def is_autocast_enabled() -> bool:
     return _state.setting is not None and _state.setting.enabled
 
 
+def current_autocast() -> autocast | None:
+    """The innermost block that this thread is in."""
+    return _state.setting
+
+
 class autocast:
     """Let matrix products, convolutions and the like compute in a narrow type.
 
@@ -121,10 +126,14 @@ class autocast:
     def __call__(self, function: F) -> F:
         @wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with autocast(self.device_type, self.dtype, self.enabled, self.cache_enabled):
+            with self.again():
                 return function(*args, **kwargs)
 
         return wrapped  # type: ignore[return-value]
+
+    def again(self) -> autocast:
+        """Another block with the same setting."""
+        return autocast(self.device_type, self.dtype, self.enabled, self.cache_enabled)
 
     def convert(self, x: Any, narrow: bool) -> Any:
         """An operand as an operation of the table takes it."""

@@ -83,6 +83,9 @@ class Node:
     seq: int
     extra: Extra
     primitive: ClassVar[Primitive]
+    #: ``pull(g, wrap)``, the pairs (parent, gradient) of a node that has no rules; see
+    #: :func:`pullback`.
+    pull: ClassVar[Any] = None
 
     def vjp(self, g: Any) -> Any:
         """The gradients of the parents, raw arrays.
@@ -405,6 +408,8 @@ def pullback(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[
     """
     if isinstance(node, Pick):
         return [(node.p0, Bundle({node.index: g}))]
+    if node.pull is not None:
+        return node.pull(g, wrap)  # type: ignore[no-any-return]
     made = node.primitive
     parents = node.parents()
     metas = node.metas()

@@ -340,6 +340,10 @@ def _push(roots: Sequence[Any], known: dict[Any, Any], since: int, create: bool)
 def _pushforward(node: Node, moving: dict[int, Any], wrap: Function) -> Any:
     """The tangent of a node's result, from the tangents of its operands."""
     made = node.primitive
+    if node.pull is not None:
+        raise GraphError(
+            f"jvp: no forward mode through {made.name}; call the function itself where it is used"
+        )
     rules = made.rules if made.elementwise else made.jvps
     if made.linear:
         return made.function(moving[0], **node.parameters())

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from gpugrad import ops
 from gpugrad.clip import check_bound, clip_by_value_, coefficient, scale_, total_norm
+from gpugrad.core.autocast import current_autocast
 from gpugrad.core.modes import no_grad
+from gpugrad.core.recompute import recomputed
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
 from gpugrad.nn.module import write
+from gpugrad.nn.random import default_generator
 
 __all__ = [
     "NonFiniteGradientError",
+    "checkpoint",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
@@ -29,6 +35,45 @@ __all__ = [
 
 class NonFiniteGradientError(GpugradError, RuntimeError):
     """A total norm that is NaN or infinite, where the caller asked to be told."""
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, keeping for the backward pass nothing but the arguments.
+
+    When the backward pass comes by, the function runs once more, with the same random numbers and
+    the same :class:`gpugrad.autocast`: memory is paid for with time. It returns a tensor or a tuple
+    of some, from its arguments and from parameters. As `torch.utils.checkpoint.checkpoint`; Chen et
+    al., "Training deep nets with sublinear memory cost" (arXiv:1604.06174).
+
+    Raises GraphError when the function returns something else, or other shapes the second time.
+
+    >>> import gpugrad as gg
+    >>> x = gg.tensor(2.0, requires_grad=True)
+    >>> checkpoint(lambda v: v * v * v, x).backward()
+    >>> x.grad
+    tensor(12.)
+    """
+    state, casting = default_generator.state, current_autocast()
+    first = True
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        nonlocal first
+        if first:
+            first = False
+            yield
+            return
+        now = default_generator.state
+        default_generator.state = state
+        try:
+            with ExitStack() as stack:
+                if casting is not None:
+                    stack.enter_context(casting.again())
+                yield
+        finally:
+            default_generator.state = now
+
+    return recomputed(function, args, kwargs, around)
 
 
 def get_total_norm(
