@@ -133,6 +133,9 @@ class Backend:
         """The NumPy dtype that describes the elements of ``x``."""
         return np.dtype(str(x.dtype).rpartition(".")[2])
 
+    def set_product_precision(self, precision: str) -> None:
+        """How exactly products of float32 are computed: `"highest"`, `"high"` or `"medium"`."""
+
     # -- arrays and where they live -------------------------------------------------------------
 
     def asarray(

@@ -69,6 +69,13 @@ class CupyBackend(Backend):
     def numpy_dtype(self, x: Array) -> np.dtype[Any]:
         return x.dtype  # type: ignore[no-any-return]
 
+    def set_product_precision(self, precision: str) -> None:
+        from cupy._core import _routines_linalg as products
+
+        exact = precision == "highest"
+        kind = products.COMPUTE_TYPE_FP32 if exact else products.COMPUTE_TYPE_TF32
+        products.set_compute_type(np.float32, kind)
+
     # -- arrays and where they live ----------------------------------------------------------------
 
     def native_device(self, device: str | None) -> Any:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from gpugrad.backend import Backend, register_backend, register_kernel
 from gpugrad.backend.kernels import Kernel, fusible, kernel_mode, use_kernels
+from gpugrad.backend.precision import (
+    get_float32_matmul_precision,
+    set_float32_matmul_precision,
+)
 from gpugrad.core.autocast import autocast, is_autocast_enabled
 from gpugrad.core.checks import check_grads
 from gpugrad.core.conversion import asarray, from_dlpack, tensor
@@ -30,6 +34,7 @@ __all__ = [
     "explain",
     "from_dlpack",
     "fusible",
+    "get_float32_matmul_precision",
     "grad",
     "graph",
     "hessian",
@@ -46,6 +51,7 @@ __all__ = [
     "register_backend",
     "register_kernel",
     "sample",
+    "set_float32_matmul_precision",
     "set_grad_enabled",
     "tensor",
     "use_kernels",

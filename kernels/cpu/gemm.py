@@ -152,7 +152,7 @@ def gemm(a, b, out, beta):
     An operand without a contiguous axis is copied.
     """
     if _lead(a) == 0:
-        _gemm_left(np.ascontiguousarray(a), b, out, beta)
+        _gemm_left(a.copy(), b, out, beta)
     else:
         _gemm_left(a, b, out, beta)
 
@@ -160,7 +160,7 @@ def gemm(a, b, out, beta):
 @device
 def _gemm_left(a, b, out, beta):
     if _lead(b) == 0:
-        _gemm_right(a, np.ascontiguousarray(b), out, beta)
+        _gemm_right(a, b.copy(), out, beta)
     else:
         _gemm_right(a, b, out, beta)
 
