@@ -32,9 +32,9 @@ def set_float32_matmul_precision(precision: str) -> None:
         multiply numbers rounded to TF32, 11 bits, and add up in float32; products of trained nets
         are off by about 1e-3. `"medium"` is the same here. ParameterError for anything else.
 
-    It concerns CuPy on GPUs since Ampere, from now on; elsewhere nothing changes. Off by default, as
-    in CuPy and in PyTorch, whose names these are. Until it is called, CuPy's own setting holds (the
-    environment variable CUPY_TF32).
+    It concerns CuPy on GPUs since Ampere, from now on; elsewhere nothing changes. Off by default,
+    as in CuPy and in PyTorch, whose names these are. Until it is called, CuPy's own setting holds
+    (the environment variable CUPY_TF32).
     """
     if precision not in PRECISIONS:
         raise ParameterError(

@@ -27,6 +27,7 @@ from gpugrad.kernels.random import philox_block
 from gpugrad.kernels.template import SCALARS
 from gpugrad.ops import activations, losses, normalization
 from gpugrad.ops.fused import bias_activation_backward
+from gpugrad.ops.linalg import linear_activation
 from gpugrad.ops.updates import RULES
 from gpugrad.optim.flat import flat_norm, flat_update
 from tests.kernels.cpu.test_optimizer import NUMBERS, VARIANTS
@@ -76,6 +77,14 @@ def bias():
                 )
     yield from derived(gg.bias_activation, x, b, activation="tanh")
     yield from derived(gg.bias_activation, x, b, activation="gelu")
+
+
+def linear():
+    for rows, inputs, outputs in ((13, 5, 7), (31, 9, 12), (2, 0, 3)):
+        x, w, b = random(rows, inputs), random(outputs, inputs, seed=1), random(outputs, seed=2)
+        for activation in ("tanh", "silu"):
+            yield from derived(linear_activation, x, w, b, activation=activation)
+        yield from derived(linear_activation, x, w, b, wanted=(2,), activation="tanh")
 
 
 STREAM = {"seed": 0x9E3779B97F4A7C15, "offset": (1 << 33) + 5}
@@ -359,8 +368,7 @@ def products_of(shape):
         *((same, other, same) for other in others),
         *((same, same, other) for other in others),
     ):  # fmt: skip
-        if MISALIGNED not in (left, right, out):
-            yield one_product(left(a), right(b), out(c), 0)
-            yield one_product(left(a), right(b), out(c), 1)
+        yield one_product(left(a), right(b), out(c), 0)
+        yield one_product(left(a), right(b), out(c), 1)
         yield from product(left(a), right(b), out(c))
         yield from product(left(a), right(b), out(c), True, summed=True)

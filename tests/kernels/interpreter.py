@@ -28,6 +28,7 @@ SMALL = {
     "batch_norm": {"BLOCK": 64, "LOT": 128, "ROWS": 4, "WIDTH": 16},
     "reduce": {"BLOCK": 64},
     "optimizer": {"BLOCK": 64, "FEW": 3},
+    "linear": {"BLOCK": 64, "CHUNKS": 5, "STRETCH": 3, "GRAIN": 1000},
     "gemm": {"GRAIN": 64, "STRIP": 4},
     "products": {"GRAIN": 64, "STRIP": 4},
 }
