@@ -35,6 +35,14 @@ SLOTS = slots(
                 *("batch_moments", "batch_norm_training", "batch_norm_backward"),
             ),
         ),
+        "recurrent": (
+            0,
+            tuple(
+                f"{name}_step{part}"
+                for name in ("rnn", "lstm", "gru")
+                for part in ("", "_backward")
+            ),
+        ),
         "optimizer": (0, ("flat_norm", "flat_update", "flat_step")),
     },
 )

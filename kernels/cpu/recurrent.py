@@ -1,0 +1,581 @@
+"""A recurrent layer over a whole sequence: the walk through time, forward and back, in one kernel.
+
+The input meets its weights in one product for all steps beforehand, and the gradients of the
+weights are one product each afterwards. What is left goes step by step. The batch is divided among
+the threads once, for sequences know nothing of each other: no thread waits for another inside the
+walk. The recurrent weights are packed once for all steps; what a step's product gives is added to
+what lies in the place of the gates, and turned into gates there.
+
+How the batch is divided changes no bit of the result (see `kernels/cpu/microkernel.py`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from gpugrad.backend import Backend
+from gpugrad.backend.kernels import Kernel
+from gpugrad.backend.scratch import empty
+from gpugrad.kernels.cpu import pool
+from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial
+from gpugrad.kernels.cpu.elementwise import LABEL
+from gpugrad.kernels.cpu.gemm import GRAIN
+from gpugrad.kernels.cpu.microkernel import pack, packed_shape, product
+from gpugrad.kernels.cpu.products import matmul
+from gpugrad.kernels.formula import formula
+from gpugrad.kernels.template import Placeholder
+from gpugrad.kernels.trace import scalar_function
+from gpugrad.ops import cells
+
+Array = np.ndarray[Any, Any]
+
+#: Rows of a matrix that are packed at a time.
+BLOCK = 16
+
+#: Columns up to which a sum of products is quicker here than by BLAS, and the parts of it that are
+#: worked on at a time: rows of the result, and products that are added up.
+NARROW = 128
+ROWS = 48
+DEPTH = 256
+
+cell: Any = Placeholder("cell")
+partial: Any = Placeholder("partial")
+forward_row: Any = Placeholder("forward_row")
+backward_row: Any = Placeholder("backward_row")
+
+
+# -- one sequence, one step -----------------------------------------------------------------------
+# The arguments are those of all three layers, so that one walk does for all: `z` is what the gates
+# are given and then the gates, `hidden` and `state` are from before the step, `h` and `c` from
+# after it.
+
+
+@serial
+def _lstm_row(z, bias, hidden, state, h, c):
+    n = h.size
+    for j in range(n):
+        i, f, g, o, c_, h_ = cell(
+            z[j] + bias[j], z[n + j] + bias[n + j], z[2 * n + j] + bias[2 * n + j],
+            z[3 * n + j] + bias[3 * n + j], state[j],
+        )  # fmt: skip
+        z[j] = i
+        z[n + j] = f
+        z[2 * n + j] = g
+        z[3 * n + j] = o
+        c[j] = c_
+        h[j] = h_
+
+
+@serial
+def _gru_row(z, bias, hidden, state, h, c):
+    n = h.size
+    for j in range(n):
+        r, u, a, q, h_ = cell(
+            z[j] + bias[j], z[n + j] + bias[n + j], z[2 * n + j] + bias[2 * n + j],
+            z[3 * n + j] + bias[3 * n + j], hidden[j],
+        )  # fmt: skip
+        z[j] = r
+        z[n + j] = u
+        z[2 * n + j] = a
+        z[3 * n + j] = q
+        h[j] = h_
+
+
+@serial
+def _rnn_row(z, bias, hidden, state, h, c):  # the gate is the hidden state
+    for j in range(z.size):
+        z[j] = cell(z[j] + bias[j])
+
+
+@serial
+def _lstm_row_backward(gates, g, gh, gc, before, after, gp, gq, total):
+    n = gh.size
+    for j in range(n):
+        i, f, a, o, c_ = partial(
+            gh[j] + g[j], gc[j], gates[j], gates[n + j], gates[2 * n + j], gates[3 * n + j],
+            before[j], after[j],
+        )  # fmt: skip
+        gp[j] = i
+        gp[n + j] = f
+        gp[2 * n + j] = a
+        gp[3 * n + j] = o
+        gc[j] = c_
+    _add(total, gp)
+
+
+@serial
+def _gru_row_backward(gates, g, gh, gc, before, after, gp, gq, total):
+    n = gh.size
+    for j in range(n):
+        r, u, a, q, h_ = partial(
+            gh[j] + g[j], gates[j], gates[n + j], gates[2 * n + j], gates[3 * n + j], before[j]
+        )
+        gp[j] = r
+        gp[n + j] = u
+        gp[2 * n + j] = a
+        gq[j] = r
+        gq[n + j] = u
+        gq[2 * n + j] = q
+        gh[j] = h_
+    _add(total[: 3 * n], gp)
+    _add(total[3 * n :], gq[2 * n :])
+
+
+@serial
+def _rnn_row_backward(gates, g, gh, gc, before, after, gp, gq, total):
+    for j in range(gh.size):
+        gp[j] = partial(gh[j] + g[j], after[j])
+    _add(total, gp)
+
+
+@serial
+def _add(total, x):
+    for j in range(total.size):
+        total[j] += x[j]
+
+
+# -- the walks ------------------------------------------------------------------------------------
+
+
+@serial
+def _forward_part(
+    x, packed_x, z, bias, packed, apart, h0, c0, output, states, reverse, low, high
+):  # fmt: skip
+    """All steps of the sequences from `low` to `high`.
+
+    The input has no share in the last `apart` columns of `z`, and the hidden state none in as many
+    before them.
+    """
+    steps, _, columns = z.shape
+    features, n, width = x.shape[2], output.shape[2], packed.shape[2]
+    strides = (0, width, n * width)
+    shared = columns - 2 * apart
+    panels = (shared + width - 1) // width
+    for s in range(steps):
+        t = steps - 1 - s if reverse else s
+        hidden, state = h0, c0
+        if s > 0:
+            before = t + 1 if reverse else t - 1
+            hidden, state = output[before], states[before]
+        now, to = z[t], output[t]
+        product(
+            high - low, columns - apart, 1, features, x[t, low:].ctypes.data, (features, 0, 1),
+            packed_x.ctypes.data, (0, width, features * width), now[low:].ctypes.data, columns,
+            False,
+        )  # fmt: skip
+        product(
+            high - low, shared, 1, n, hidden[low:].ctypes.data, (n, 0, 1), packed.ctypes.data,
+            strides, now[low:].ctypes.data, columns, True,
+        )  # fmt: skip
+        product(
+            high - low, apart, 1, n, hidden[low:].ctypes.data, (n, 0, 1),
+            packed[panels:].ctypes.data, strides, now[low:, columns - apart :].ctypes.data,
+            columns, False,
+        )  # fmt: skip
+        for i in range(low, high):
+            forward_row(now[i], bias, hidden[i], state[i], to[i], states[t, i])
+
+
+@parallel
+def _forward(x, packed_x, z, bias, packed, apart, h0, c0, output, states, reverse, parts):
+    batch = z.shape[1]
+    for part in prange(parts):
+        _forward_part(
+            x, packed_x, z, bias, packed, apart, h0, c0, output, states, reverse,
+            batch * part // parts, batch * (part + 1) // parts,
+        )  # fmt: skip
+
+
+@serial
+def _backward_part(
+    gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, reverse, low, high
+):  # fmt: skip
+    """All steps of the sequences from `low` to `high`, the last to be computed first.
+
+    `g` holds the gradient of the output, of every step or of none (zeros, once).
+    """
+    steps = gates.shape[0]
+    columns, n, width = gq.shape[2], gh.shape[1], packed.shape[2]
+    for s in range(steps - 1, -1, -1):
+        t = steps - 1 - s if reverse else s
+        before = first
+        if s > 0:
+            before = states[t + 1] if reverse else states[t - 1]
+        given, after, now, to, of = g[t % g.shape[0]], states[t], gates[t], gp[t], gq[t]
+        for i in range(low, high):
+            backward_row(
+                now[i], given[i], gh[i], gc[i], before[i], after[i], to[i], of[i], totals[i]
+            )
+        product(
+            high - low, n, 1, columns, of[low:].ctypes.data, (columns, 0, 1), packed.ctypes.data,
+            (0, width, columns * width), gh[low:].ctypes.data, n, accumulate,
+        )  # fmt: skip
+
+
+@parallel
+def _backward(gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, reverse, parts):
+    batch = gates.shape[1]
+    for part in prange(parts):
+        _backward_part(
+            gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, reverse,
+            batch * part // parts, batch * (part + 1) // parts,
+        )  # fmt: skip
+
+
+@parallel
+def _pack(b, packed, parts):
+    """The work is divided so that each part of it reads memory from one end to the other."""
+    rows, width, panels = b.shape[0], packed.shape[2], packed.shape[0]
+    if b.strides[0] < b.strides[1]:
+        for part in prange(parts):
+            low, high = panels * part // parts, panels * (part + 1) // parts
+            pack(b[:, low * width : high * width], packed[low:high])
+    else:
+        for block in prange((rows + BLOCK - 1) // BLOCK):
+            low = block * BLOCK
+            pack(b[low : low + BLOCK], packed[:, low : low + BLOCK])
+
+
+@serial
+def _sum_part(g, packed, out, low, high):
+    """Rows of `out` from `low` to `high`, which are columns of `g`."""
+    steps, columns = g.shape
+    n, width = out.shape[1], packed.shape[2]
+    for k in range(0, steps, DEPTH):
+        for i in range(low, high, ROWS):
+            product(
+                min(ROWS, high - i), n, 1, min(DEPTH, steps - k), g[k:, i:].ctypes.data,
+                (1, 0, columns), packed[:, k:].ctypes.data, (0, width, steps * width),
+                out[i:].ctypes.data, n, k > 0,
+            )  # fmt: skip
+
+
+@parallel
+def _sum_products(g, packed, out, parts):
+    rows = out.shape[0]
+    for part in prange(parts):
+        _sum_part(g, packed, out, rows * part // parts, rows * (part + 1) // parts)
+
+
+# -- launching ------------------------------------------------------------------------------------
+
+_CELLS = {"lstm": (_lstm_row, _lstm_row_backward), "gru": (_gru_row, _gru_row_backward)}
+
+
+@cache
+def _loops(kind: str) -> tuple[CpuTemplate, CpuTemplate]:
+    """Both walks of a cell; that of a plain layer goes by the name of its nonlinearity."""
+    if kind in _CELLS:
+        rows = _CELLS[kind]
+        value = scalar_function(getattr(cells, kind), f"{kind}_cell")
+        slope = scalar_function(
+            getattr(cells, f"{kind}_partial"), f"{kind}_cell_partial", fixed={"direct": None}
+        )
+    else:
+        rows = _rnn_row, _rnn_row_backward
+        value, slope = formula(kind).plain, formula(f"{kind}_partial").plain
+    return (
+        _forward.bind(_forward_part=_forward_part.bind(forward_row=rows[0].bind(cell=value))),
+        _backward.bind(
+            _backward_part=_backward_part.bind(backward_row=rows[1].bind(partial=slope))
+        ),
+    )
+
+
+def _contiguous(storage: str, *arrays: Any) -> list[Any]:
+    """The arrays as kernels take them: elements in a row, two-byte floats in float32.
+
+    Those that lie in memory otherwise, or are read-only, would be compiled for anew.
+    """
+    return [None if x is None else np.require(x, storage, ("C", "A", "W")) for x in arrays]
+
+
+def _packed(storage: str, *parts: Array) -> Array:
+    """Matrices of equally many rows, packed one behind the other."""
+    shapes = [packed_shape(b.shape[0], b.shape[1], b.dtype) for b in parts]
+    out = empty((sum(s[0] for s in shapes), *shapes[0][1:]), parts[0].dtype)
+    first = 0
+    for b, (panels, *_) in zip(parts, shapes):
+        _pack[storage](b, out[first : first + panels], min(panels, pool.get_num_threads()))
+        first += panels
+    return out
+
+
+def _parts(batch: int, work: int) -> int:
+    """How many threads share so many sequences: each goes through all the weights at every step."""
+    return max(1, min(pool.get_num_threads(), batch // 4, work // GRAIN))
+
+
+def _narrow(dtype: Any, *arrays: Array) -> tuple[Array, ...]:
+    return tuple(y if y.dtype == dtype else y.astype(dtype) for y in arrays)
+
+
+def _added(storage: str, rows: int, *biases: Array | None) -> Array:
+    """The sum of the biases that there are."""
+    total: Array = np.zeros(rows, storage)
+    for bias in biases:
+        if bias is not None:
+            total = total + bias
+    return total
+
+
+def _walk(
+    kind: str, storage: str, x: Array, weight_ih: Array, z: Array, bias: Array, packed: Array,
+    apart: int, h0: Array, c0: Array, output: Array, states: Array, reverse: bool,
+) -> None:  # fmt: skip
+    """The forward of a layer."""
+    _loops(kind)[0][storage](
+        x, _packed(storage, weight_ih.T), z, bias, packed, apart, h0, c0, output, states, reverse,
+        _parts(x.shape[1], z.size * (x.shape[2] + output.shape[2])),
+    )  # fmt: skip
+
+
+def _storage(x: Array) -> str:
+    return "float64" if x.dtype == np.float64 else "float32"
+
+
+def rnn_layer(
+    m: Backend, x: Array, weight_ih: Array, weight_hh: Array, bias_ih: Any = None,
+    bias_hh: Any = None, h0: Any = None, nonlinearity: str = "tanh", reverse: bool = False,
+) -> tuple[Array, ...]:  # fmt: skip
+    """The forward of a plain layer."""
+    storage, dtype = _storage(x), x.dtype
+    x, weight_ih, weight_hh, bias_ih, bias_hh, h0 = _contiguous(
+        storage, x, weight_ih, weight_hh, bias_ih, bias_hh, h0
+    )
+    (steps, batch, _), n = x.shape, weight_hh.shape[0]
+    output = empty((steps, batch, n), storage)
+    h0 = np.zeros((batch, n), storage) if h0 is None else h0
+    _walk(
+        nonlinearity, storage, x, weight_ih, output, _added(storage, n, bias_ih, bias_hh),
+        _packed(storage, weight_hh.T), 0, h0, h0, output, output, reverse,
+    )  # fmt: skip
+    return _narrow(dtype, output, output[0 if reverse else -1].copy())
+
+
+def lstm_layer(
+    m: Backend, x: Array, weight_ih: Array, weight_hh: Array, bias_ih: Any = None,
+    bias_hh: Any = None, h0: Any = None, c0: Any = None, reverse: bool = False,
+) -> tuple[Array, ...]:  # fmt: skip
+    """The forward of a layer of long short-term memory."""
+    storage, dtype = _storage(x), x.dtype
+    x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0 = _contiguous(
+        storage, x, weight_ih, weight_hh, bias_ih, bias_hh, h0, c0
+    )
+    (steps, batch, _), n = x.shape, weight_hh.shape[1]
+    gates = empty((steps, batch, 4 * n), storage)
+    output, states = (empty((steps, batch, n), storage) for _ in range(2))
+    h0, c0 = (np.zeros((batch, n), storage) if s is None else s for s in (h0, c0))
+    _walk(
+        "lstm", storage, x, weight_ih, gates, _added(storage, 4 * n, bias_ih, bias_hh),
+        _packed(storage, weight_hh.T), 0, h0, c0, output, states, reverse,
+    )  # fmt: skip
+    last = 0 if reverse else -1
+    return _narrow(dtype, output, output[last].copy(), states[last].copy(), states, gates)
+
+
+def gru_layer(
+    m: Backend, x: Array, weight_ih: Array, weight_hh: Array, bias_ih: Any = None,
+    bias_hh: Any = None, h0: Any = None, reverse: bool = False,
+) -> tuple[Array, ...]:  # fmt: skip
+    """The forward of a layer of gated recurrent units."""
+    storage, dtype = _storage(x), x.dtype
+    x, weight_ih, weight_hh, bias_ih, bias_hh, h0 = _contiguous(
+        storage, x, weight_ih, weight_hh, bias_ih, bias_hh, h0
+    )
+    (steps, batch, _), n = x.shape, weight_hh.shape[1]
+    gates = empty((steps, batch, 4 * n), storage)
+    output = empty((steps, batch, n), storage)
+    h0 = np.zeros((batch, n), storage) if h0 is None else h0
+    bias = np.zeros(4 * n, storage)  # the candidate's two biases do not meet
+    if bias_ih is not None:
+        bias[: 3 * n] = bias_ih
+    if bias_hh is not None:
+        bias[: 2 * n] += bias_hh[: 2 * n]
+        bias[3 * n :] = bias_hh[2 * n :]
+    w = weight_hh.T
+    _walk(
+        "gru", storage, x, weight_ih, gates, bias,
+        _packed(storage, w[:, : 2 * n], w[:, 2 * n :]), n, h0, h0, output, output, reverse,
+    )  # fmt: skip
+    return _narrow(dtype, output, output[0 if reverse else -1].copy(), gates)
+
+
+def _walk_back(
+    kind: str, storage: str, gates: Array, weight_hh: Array, first: Any, states: Array,
+    g_output: Any, gh: Any, gc: Any, gp: Array, gq: Array, reverse: bool,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """The backward of a layer: gradients of the first hidden state, cell state, and the bias.
+
+    That of the bias has been added up over the steps of each sequence: the sums do not depend on
+    who computes which.
+    """
+    shape = states.shape[1:]
+    first = np.zeros(shape, storage) if first is None else first
+    g_output = np.zeros((1, *shape), storage) if g_output is None else g_output
+    gh, gc = (np.zeros(shape, storage) if g is None else g.copy() for g in (gh, gc))
+    totals = np.zeros((shape[0], gates.shape[-1]), storage)
+    _loops(kind)[1][storage](
+        gates, g_output, first, states, _packed(storage, weight_hh), gh, gc, gp, gq, totals,
+        kind == "gru", reverse, _parts(shape[0], gq.size * shape[1]),
+    )  # fmt: skip
+    total = totals.sum(axis=0, dtype=np.float64)
+    return gh, gc, total.astype(storage)
+
+
+def rnn_backward(
+    m: Backend, output: Array, weight_hh: Array, g_output: Any, g_hidden: Any, nonlinearity: str,
+    reverse: bool, biased: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The walk back of a plain layer."""
+    storage = _storage(output)
+    output, weight_hh, g_output, g_hidden = _contiguous(
+        storage, output, weight_hh, g_output, g_hidden
+    )
+    g = empty(output.shape, storage)
+    gh, _, gb = _walk_back(
+        nonlinearity, storage, output, weight_hh, None, output, g_output, g_hidden, None, g, g,
+        reverse,
+    )  # fmt: skip
+    return g, gh, gb if biased else None
+
+
+def lstm_backward(
+    m: Backend, gates: Array, states: Array, weight_hh: Array, c0: Any, g_output: Any,
+    g_hidden: Any, g_cell: Any, g_cells: Any, g_gates: Any, reverse: bool, biased: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The walk back of a layer of long short-term memory."""
+    storage = _storage(gates)
+    gates, states, weight_hh, c0, g_output, g_hidden, g_cell = _contiguous(
+        storage, gates, states, weight_hh, c0, g_output, g_hidden, g_cell
+    )
+    g = empty(gates.shape, storage)
+    gh, gc, gb = _walk_back(
+        "lstm", storage, gates, weight_hh, c0, states, g_output, g_hidden, g_cell, g, g, reverse
+    )
+    return g, gh, gc, gb if biased else None
+
+
+def gru_backward(
+    m: Backend, gates: Array, output: Array, weight_hh: Array, h0: Any, g_output: Any,
+    g_hidden: Any, g_gates: Any, reverse: bool, biased: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The walk back of a layer of gated recurrent units."""
+    storage = _storage(gates)
+    gates, output, weight_hh, h0, g_output, g_hidden = _contiguous(
+        storage, gates, output, weight_hh, h0, g_output, g_hidden
+    )
+    shape = (*output.shape[:2], weight_hh.shape[0])
+    gp, gq = empty(shape, storage), empty(shape, storage)
+    gh, _, total = _walk_back(
+        "gru", storage, gates, weight_hh, h0, output, g_output, g_hidden, None, gp, gq, reverse
+    )
+    if not biased:
+        return gp, gq, gh, None, None
+    n = output.shape[2]
+    return gp, gq, gh, total[: 3 * n], np.concatenate([total[: 2 * n], total[3 * n :]])
+
+
+def summed_products(m: Backend, g: Array, x: Array, home: Any) -> Array:
+    """The sum over all axes but the last of each element of `g` times each of `x`."""
+    rows, columns = g.shape[-1], x.shape[-1]
+    given, taken = g.reshape(-1, rows), x.reshape(-1, columns)
+    if columns > NARROW or len(given) == 0 or (home is not None and not home.flags.c_contiguous):
+        return matmul(given.T, taken, home)
+    storage = _storage(g)
+    given, taken = _contiguous(storage, given, taken)
+    out: Array = empty((rows, columns), storage) if home is None else home
+    parts = _parts(rows, given.size * columns)
+    _sum_products[storage](given, _packed(storage, taken), out, parts)
+    return out
+
+
+# -- the slots ------------------------------------------------------------------------------------
+
+
+def _refuse_arrays(*arrays: Any) -> str | None:
+    dtype = arrays[0].dtype
+    for x in arrays:
+        if x is None:
+            continue
+        if not isinstance(x, np.ndarray):
+            return f"a {type(x).__name__} among the operands; kernels take arrays"
+        if not numpy_storage(x.dtype) or x.dtype != dtype:
+            return f"no kernel for {dtype} with {x.dtype}"
+    return None
+
+
+def _refuse_layer(
+    m: Backend, x: Any, weight_ih: Any, weight_hh: Any, bias_ih: Any = None, bias_hh: Any = None,
+    *states: Any, reverse: bool = False, nonlinearity: str = "tanh",
+) -> str | None:  # fmt: skip
+    if why := _refuse_arrays(x, weight_ih, weight_hh, bias_ih, bias_hh, *states):
+        return why
+    if x.ndim != 3 or x.shape[0] == 0 or weight_hh.ndim != 2 or weight_hh.shape[1] == 0:
+        return f"x of shape {x.shape} with weights of shape {weight_hh.shape}"
+    rows, hidden = weight_hh.shape
+    wanted = [(weight_ih, (rows, x.shape[2])), (bias_ih, (rows,)), (bias_hh, (rows,))]
+    wanted += [(s, (x.shape[1], hidden)) for s in states]
+    for value, shape in wanted:
+        if value is not None and value.shape != shape:
+            return f"an operand of shape {value.shape} where {shape} is expected"
+    if nonlinearity not in ("tanh", "relu"):
+        return f"no kernel for {nonlinearity!r}"
+    return None
+
+
+def _refuse_gates(gates: int) -> Any:
+    """The refusal of a layer that has so many rows of weights for each unit."""
+
+    def refuse(m: Backend, *operands: Any, **parameters: Any) -> str | None:
+        if why := _refuse_layer(m, *operands, **parameters):
+            return why
+        rows, hidden = operands[2].shape
+        return None if rows == gates * hidden else f"weights of shape {(rows, hidden)}"
+
+    return refuse
+
+
+def _refuse_rnn_backward(
+    m: Backend, output: Any, weight_hh: Any, g_output: Any, g_hidden: Any, *parameters: Any
+) -> str | None:
+    return _refuse_arrays(output, weight_hh, g_output, g_hidden)
+
+
+def _refuse_lstm_backward(
+    m: Backend, gates: Any, states: Any, weight_hh: Any, c0: Any, g_output: Any, g_hidden: Any,
+    g_cell: Any, g_cells: Any, g_gates: Any, reverse: bool, biased: bool,
+) -> str | None:  # fmt: skip
+    if g_cells is not None or g_gates is not None:
+        return "gradients that come by the cell states or the gates of single steps"
+    return _refuse_arrays(gates, states, weight_hh, c0, g_output, g_hidden, g_cell)
+
+
+def _refuse_gru_backward(
+    m: Backend, gates: Any, output: Any, weight_hh: Any, h0: Any, g_output: Any, g_hidden: Any,
+    g_gates: Any, reverse: bool, biased: bool,
+) -> str | None:  # fmt: skip
+    if g_gates is not None:
+        return "gradients that come by the gates of single steps"
+    return _refuse_arrays(gates, output, weight_hh, h0, g_output, g_hidden)
+
+
+def _refuse_sum(m: Backend, g: Any, x: Any, home: Any) -> str | None:
+    if why := _refuse_arrays(g, x, home):
+        return why
+    return "two-byte floats" if g.dtype.itemsize == 2 else None
+
+
+KERNELS = {
+    "rnn_layer": Kernel(rnn_layer, LABEL, _refuse_gates(1)),
+    "lstm_layer": Kernel(lstm_layer, LABEL, _refuse_gates(4)),
+    "gru_layer": Kernel(gru_layer, LABEL, _refuse_gates(3)),
+    "rnn_backward": Kernel(rnn_backward, LABEL, _refuse_rnn_backward),
+    "lstm_backward": Kernel(lstm_backward, LABEL, _refuse_lstm_backward),
+    "gru_backward": Kernel(gru_backward, LABEL, _refuse_gru_backward),
+    "summed_products": Kernel(summed_products, LABEL, _refuse_sum),
+}
