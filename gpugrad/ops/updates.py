@@ -1,4 +1,4 @@
-"""Update rules of optimisers, each written once, for arrays and for compiled loops.
+"""Update rules of optimisers and of averages, each written once, for arrays and compiled loops.
 
 A rule is a formula as in :mod:`gpugrad.ops.formulas`: ``update(m, p, g, …)`` takes one parameter,
 its gradient, what it keeps between steps, and numbers, and returns the new parameter followed by
@@ -118,6 +118,29 @@ def lion(
     return p - change, beta2 * mean + gain2 * g
 
 
+# -- averages --------------------------------------------------------------------------------------
+
+
+def average(m: Any, p: Any, g: Any, keep: Any, share: Any) -> Any:
+    """A running average ``p`` takes over a share of ``g``; of what is not kept nothing is left.
+
+    ``keep`` and ``share`` add up to 1. Where both arguments are the same, so is the result.
+    """
+    return (m.where(keep == 0, g, p + share * (g - p)),)
+
+
+def ema_made(m: Any, step: Any, gain: Any) -> Any:
+    """The first value is the average; each later one enters with ``gain``."""
+    share = m.where(step == 1, step, gain)
+    return 1.0 - share, share
+
+
+def mean_made(m: Any, step: Any) -> Any:
+    """All values count the same."""
+    share = 1.0 / step
+    return 1.0 - share, share
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -171,4 +194,6 @@ RULES = {
     "rmsprop": Rule(rmsprop, {"square": None, "mean": "centered", "velocity": "moves"}),
     "adagrad": Rule(adagrad, {"total": None}, adagrad_made, ("rate",)),
     "lion": Rule(lion, {"mean": None}),
+    "ema": Rule(average, {}, ema_made, ("keep", "share")),
+    "mean": Rule(average, {}, mean_made, ("keep", "share")),
 }

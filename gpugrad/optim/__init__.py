@@ -1,4 +1,4 @@
-"""Optimisers, with PyTorch's names, defaults and trajectories, and the loss scale.
+"""Optimisers and schedules, with PyTorch's names, defaults and trajectories, and the loss scale.
 
 A step owns the order unscale, norm, clip, skip, update, on the device:
 
@@ -14,8 +14,35 @@ A step owns the order unscale, norm, clip, skip, update, on the device:
 
 from __future__ import annotations
 
+from gpugrad.optim import lr_scheduler
 from gpugrad.optim.algorithms import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from gpugrad.optim.averaging import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_avg_fn,
+    get_swa_multi_avg_fn,
+    update_bn,
+)
 from gpugrad.optim.errors import OptimizerError
+from gpugrad.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiplicativeLR,
+    MultiStepLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+    WarmupCosineLR,
+)
 from gpugrad.optim.optimizer import Optimizer
 from gpugrad.optim.rules import RULES, UpdateRule
 from gpugrad.optim.scaler import GradScaler, ScalerError
@@ -33,4 +60,27 @@ __all__ = [
     "RMSprop",
     "ScalerError",
     "UpdateRule",
+    "AveragedModel",
+    "get_ema_avg_fn",
+    "get_ema_multi_avg_fn",
+    "get_swa_avg_fn",
+    "get_swa_multi_avg_fn",
+    "update_bn",
+    "ChainedScheduler",
+    "ConstantLR",
+    "CosineAnnealingLR",
+    "CosineAnnealingWarmRestarts",
+    "ExponentialLR",
+    "LRScheduler",
+    "LambdaLR",
+    "LinearLR",
+    "MultiStepLR",
+    "MultiplicativeLR",
+    "OneCycleLR",
+    "PolynomialLR",
+    "ReduceLROnPlateau",
+    "SequentialLR",
+    "StepLR",
+    "WarmupCosineLR",
+    "lr_scheduler",
 ]

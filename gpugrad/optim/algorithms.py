@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from gpugrad.core.tensor import Tensor
 from gpugrad.optim.errors import OptimizerError
 from gpugrad.optim.optimizer import Group, Optimizer, Params
 
@@ -63,7 +64,9 @@ class SGD(Optimizer):
     def check(self, group: Group) -> None:
         for name in ("lr", "momentum", "weight_decay"):
             _at_least_zero(type(self).__name__, name, group[name])
-        _number(type(self).__name__, "dampening", group["dampening"])
+        dampening = _number(type(self).__name__, "dampening", group["dampening"])
+        if not math.isfinite(dampening):
+            raise OptimizerError(f"SGD: dampening is {dampening}; it must be finite")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise OptimizerError("SGD: nesterov needs a positive momentum and zero dampening")
 
@@ -296,6 +299,11 @@ def _betas(who: str, group: Group) -> None:
 
 
 def _number(who: str, name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        raise OptimizerError(
+            f"{who}: {name} is a tensor, which every step would have to wait for; give a number, "
+            "such as its .item()"
+        )
     try:
         return float(value)
     except (TypeError, ValueError):

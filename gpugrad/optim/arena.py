@@ -160,10 +160,13 @@ class Arena:
     size:
         Elements of each buffer.
     p, g, states:
-        The buffers; None, and empty, in a library that has none.
+        The buffers; None, and empty, in a library that has none. Those that are not trained have no
+        `g`.
     """
 
-    def __init__(self, space: Backend, tensors: Sequence[Tensor], group: int) -> None:
+    def __init__(
+        self, space: Backend, tensors: Sequence[Tensor], group: int, *, trains: bool = True
+    ) -> None:
         first = tensors[0].data
         self.space = space
         self.group = group
@@ -179,7 +182,7 @@ class Arena:
             self.places.append(Place(self, tensor, self.size))
             self.size += -(-tensor.size // unit) * unit
         self.p = self._buffer()
-        self.g = self._buffer()
+        self.g = self._buffer() if trains else None
         self.states: dict[str, Buffer] = {}
         self.marks = Mark()
         if self.p is not None:

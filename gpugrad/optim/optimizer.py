@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.modes import enable_grad
-from gpugrad.core.tensor import Tensor
+from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import ParameterError
 from gpugrad.nn.module import check_state, clear_grads
 from gpugrad.optim.arena import Arena
@@ -24,7 +24,7 @@ Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
 
 #: Entries of a parameter group that are no hyperparameters.
-_OTHER = frozenset(("params", "param_names", "name", "clip"))
+_OTHER = frozenset(("params", "param_names", "name", "clip", "initial_lr"))
 
 
 class Optimizer:
@@ -92,7 +92,8 @@ class Optimizer:
         `param_group` has `"params"` and any hyperparameter that is not to be the default one.
 
         Raises OptimizerError for what cannot be trained: nothing at all, a tensor twice, one that
-        was computed or does not require a gradient, something that is no tensor.
+        was computed, holds whole numbers, or does not require a gradient (a `Parameter` may be
+        frozen for a while), something that is no tensor.
         """
         self._add(param_group)
         self._arenas = lay_out(self.param_groups, self._arenas)
@@ -118,6 +119,16 @@ class Optimizer:
                 raise OptimizerError(
                     f"{name}: parameter {i} of shape {p.shape} was computed from other tensors; "
                     "train those, or detach() it"
+                )
+            if p.dtype.kind in "iub":
+                raise OptimizerError(
+                    f"{name}: parameter {i} of shape {p.shape} holds {p.dtype}, which has no "
+                    "gradient; leave it out, or convert it with .to('float32')"
+                )
+            if not (p.requires_grad or isinstance(p, Parameter)):
+                raise OptimizerError(
+                    f"{name}: parameter {i} of shape {p.shape} does not require a gradient and "
+                    "would never change; call requires_grad_() on it, or leave it out"
                 )
             if id(p) in seen:
                 raise OptimizerError(

@@ -267,7 +267,9 @@ def test_a_target_that_is_no_class_is_named(target, words: str) -> None:
         (lambda: gg.l1_loss(gg.ones(4), gg.ones(4), reduction="all"), ParameterError, ["l1_loss"]),
         (lambda: gg.huber_loss(gg.ones(4), gg.ones(4), delta=0.0), ParameterError, ["delta"]),
         (lambda: gg.smooth_l1_loss(gg.ones(4), gg.ones(4), beta=-1.0), ParameterError, ["beta"]),
-        (lambda: gg.nll_loss(gg.ones(4), gg.tensor(1)), ShapeError, ["batch, classes"]),
+        (lambda: gg.nll_loss(gg.ones(()), gg.tensor(1)), ShapeError, ["0-d"]),
+        (lambda: gg.nll_loss(gg.ones((4, 3)), gg.ones(4)), DTypeError,
+         ["float64", "cross_entropy"]),
     ],
 )  # fmt: skip
 def test_errors_name_what_met_and_the_fix(call, error, words: list[str]) -> None:
@@ -275,3 +277,211 @@ def test_errors_name_what_met_and_the_fix(call, error, words: list[str]) -> None
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+# -- the others -----------------------------------------------------------------------------------
+
+SURE = np.array([[0.0, 1.0, 0.3], [1.0, 0.0, 1e-20]])
+ANSWERS = np.array([[0.0, 1.0, 0.2], [0.0, 1.0, 0.7]])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("weight", [None, np.array([[1.0], [2.0]])])
+def test_binary_cross_entropy_of_probabilities_is_pytorchs(weight, reduction) -> None:
+    from torch.nn.functional import binary_cross_entropy
+
+    compare_with_torch(
+        lambda x, t, w: gg.binary_cross_entropy(x, t, w, reduction),
+        lambda x, t, w: binary_cross_entropy(x, t, w, reduction=reduction),
+        [SURE, ANSWERS, weight], [0],
+    )  # fmt: skip
+    compare_with_torch(
+        lambda x, t, w: gg.binary_cross_entropy(x, t, w, reduction),
+        lambda x, t, w: binary_cross_entropy(x, t, w, reduction=reduction),
+        [RNG.random((2, 3)), RNG.random((2, 3)), weight], [0, 1],
+    )  # fmt: skip
+
+
+#: PyTorch's opinion of the mean that its own kl_div takes by default.
+QUIET = "ignore:reduction. 'mean' divides:UserWarning"
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings(QUIET)
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "batchmean"])
+@pytest.mark.parametrize("log_target", [False, True])
+def test_kl_div_is_pytorchs(log_target: bool, reduction: str) -> None:
+    from torch.nn.functional import kl_div
+
+    kw = {"reduction": reduction, "log_target": log_target}
+    p = RNG.random((3, 4, 2))
+    x, t = np.log(RNG.random((3, 4, 2))), np.log(p) if log_target else p
+    compare_with_torch(lambda *a: gg.kl_div(*a, **kw), lambda *a: kl_div(*a, **kw), [x, t], [0, 1])
+    p[0] = 0.0
+    if not log_target:
+        compare_with_torch(lambda *a: gg.kl_div(*a, **kw), lambda *a: kl_div(*a, **kw), [x, p], [0])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ["mse_loss", "l1_loss", "huber_loss"])
+def test_weights_are_pytorchs(name: str, reduction: str) -> None:
+    import torch
+
+    x, t, w = RNG.standard_normal((2, 5, 3)), RNG.standard_normal((2, 5, 3)), RNG.random((2, 5, 3))
+    compare_with_torch(
+        lambda x, t, w: getattr(gg, name)(x, t, reduction=reduction, weight=w),
+        lambda x, t, w: getattr(torch.nn.functional, name)(x, t, reduction=reduction, weight=w),
+        [x, t, w], [0, 1, 2],
+    )  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 1), (4,)])
+def test_gaussian_nll_is_pytorchs(shape, full: bool, reduction: str) -> None:
+    from torch.nn.functional import gaussian_nll_loss
+
+    var = RNG.random(shape)
+    var[0] = 0.01  # below eps
+    kw = {"full": full, "eps": 0.05, "reduction": reduction}
+    compare_with_torch(
+        lambda *a: gg.gaussian_nll_loss(*a, **kw), lambda *a: gaussian_nll_loss(*a, **kw),
+        [RNG.standard_normal((4, 3)), RNG.standard_normal((4, 3)), var], [0, 1, 2],
+    )  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("dim", "shape"), [(1, (4, 3)), (0, (1, 3)), (-1, (3,))])
+def test_cosine_similarity_is_pytorchs(dim: int, shape) -> None:
+    from torch.nn.functional import cosine_similarity
+
+    compare_with_torch(
+        lambda a, b: gg.cosine_similarity(a, b, dim), lambda a, b: cosine_similarity(a, b, dim),
+        [RNG.standard_normal((4, 3)), RNG.standard_normal(shape)], [0, 1],
+    )  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("batch", [(4,), ()])
+def test_cosine_embedding_loss_is_pytorchs(batch, reduction: str) -> None:
+    from torch.nn.functional import cosine_embedding_loss
+
+    a, b = RNG.standard_normal((2, *batch, 3))
+    t = np.resize([1, -1, -1, 1], batch)
+    compare_with_torch(
+        lambda a, b, t: gg.cosine_embedding_loss(a, b, t, 0.1, reduction),
+        lambda a, b, t: cosine_embedding_loss(a, b, t, 0.1, reduction=reduction),
+        [a, b, t], [0, 1],
+    )  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nll_loss_of_a_single_element_is_pytorchs(reduction: str) -> None:
+    from torch.nn.functional import nll_loss
+
+    compare_with_torch(
+        lambda x, t: gg.nll_loss(x, t, reduction=reduction),
+        lambda x, t: nll_loss(x, t, reduction=reduction), [LOGITS[0], np.array(2)], [0],
+    )  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", QUIET)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "name",
+    ["cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
+     "binary_cross_entropy", "binary_cross_entropy_with_logits"],
+)  # fmt: skip
+def test_empty_batches_are_pytorchs(name: str, reduction: str) -> None:
+    import torch
+
+    of_classes = name in ("cross_entropy", "nll_loss")
+    target = np.zeros(0, int) if of_classes else np.zeros((0, 3))
+    compare_with_torch(
+        lambda x, t: getattr(gg, name)(x, t, reduction=reduction),
+        lambda x, t: getattr(torch.nn.functional, name)(x, t, reduction=reduction),
+        [np.zeros((0, 3)), target], [0],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_certainty_costs_a_hundred(device: str) -> None:
+    for dtype in ("float32", "float64"):
+        p = gg.tensor([0.0, 1.0, 0.0, 1.0], dtype=dtype, device=device, requires_grad=True)
+        t = gg.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype, device=device)
+        y = gg.binary_cross_entropy(p, t, reduction="none")
+        y.sum().backward()
+        np.testing.assert_array_equal(host(y), [100.0, 100.0, 0.0, 0.0])
+        np.testing.assert_allclose(host(p.grad), [-1e12, 1e12, 0.0, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: gg.binary_cross_entropy(gg.tensor([[0.5, 1.5]]), gg.ones((1, 2))), OutOfRangeError,
+         ["binary_cross_entropy: 1.5 at [0, 1]", "no probability", "with_logits"]),
+        (lambda: gg.binary_cross_entropy(gg.tensor([math.nan]), gg.ones(1)), OutOfRangeError,
+         ["nan at [0]"]),
+        (lambda: gg.binary_cross_entropy(gg.tensor([-0.1]), gg.ones(1)), OutOfRangeError,
+         ["-0.1 at [0]"]),
+        (lambda: gg.binary_cross_entropy(gg.ones((2, 1)), gg.ones(2)), ShapeError,
+         ["(2, 1)", "(2,)", "reshape"]),
+        (lambda: gg.binary_cross_entropy(gg.ones((2, 3)), gg.ones((2, 3)), gg.ones(2)), ShapeError,
+         ["weight of shape (2,)", "(2, 3)"]),
+        (lambda: gg.binary_cross_entropy_with_logits(gg.ones((2, 3)), gg.ones((2, 3)),
+                                                     pos_weight=gg.ones(2)), ShapeError,
+         ["weight of shape (2,)", "(2, 3)"]),
+        (lambda: gg.mse_loss(gg.ones(4), gg.ones(4), weight=gg.ones(1)), ShapeError,
+         ["mse_loss: weight of shape (1,)", "each element"]),
+        (lambda: gg.kl_div(gg.ones(4), gg.ones(4), "batch_mean"), ParameterError,
+         ["kl_div", "'batchmean'", "'batch_mean'"]),
+        (lambda: gg.gaussian_nll_loss(gg.ones(2), gg.ones(2), gg.tensor([1.0, -1.0])),
+         OutOfRangeError, ["-1.0 at [1]", "variance"]),
+        (lambda: gg.gaussian_nll_loss(gg.ones((2, 3)), gg.ones((2, 3)), gg.ones(3)), ShapeError,
+         ["var of shape (3,)", "(2, 3)"]),
+        (lambda: gg.gaussian_nll_loss(gg.ones(2), gg.ones(2), 1.0, eps=0.0), ParameterError,
+         ["eps"]),
+        (lambda: gg.cosine_embedding_loss(gg.ones((2, 3)), gg.ones((2, 3)), gg.ones(3)), ShapeError,
+         ["(2, 3)", "(3,)", "(batch,)"]),
+    ],
+)  # fmt: skip
+def test_errors_of_the_others_name_what_met_and_the_fix(call, error, words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+LOSSES = {
+    "cross_entropy": lambda x, t: gg.cross_entropy(x, gg.asarray(PLACES[0, :, 0], device=x.device)),
+    "nll_loss": lambda x, t: gg.nll_loss(x, gg.asarray(PLACES[0, :, 0], device=x.device)),
+    "binary_cross_entropy": lambda x, t: gg.binary_cross_entropy(gg.sigmoid(x), t),
+    "binary_cross_entropy_with_logits": gg.binary_cross_entropy_with_logits,
+    "kl_div": lambda x, t: gg.kl_div(gg.log_softmax(x, axis=1), t, "batchmean"),
+    "mse_loss": gg.mse_loss,
+    "l1_loss": gg.l1_loss,
+    "smooth_l1_loss": gg.smooth_l1_loss,
+    "huber_loss": gg.huber_loss,
+    "gaussian_nll_loss": lambda x, t: gg.gaussian_nll_loss(x, t, t + 1.0),
+    "cosine_embedding_loss": lambda x, t: gg.cosine_embedding_loss(
+        x, t, gg.asarray([1, -1, 1], device=x.device)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_reads_from_the_device(name: str) -> None:
+    from tests.backend.counting import counting
+
+    with counting() as counts:
+        x = gg.tensor(LOGITS[:3], device="counting").requires_grad_()
+        t = gg.tensor(abs(LOGITS[3:]) / 9, device="counting")
+        LOSSES[name](x, t).backward()
+        assert x.grad is not None
+        assert counts.host_reads == 0

@@ -279,6 +279,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
 
 
 W = nn.Parameter(gg.tensor([1.0]))
+V = nn.Parameter(gg.tensor([1.0]))
 
 
 @pytest.mark.parametrize(
@@ -295,6 +296,26 @@ W = nn.Parameter(gg.tensor([1.0]))
         (lambda: optim.SGD([W * 2]), "computed from other tensors"),
         (lambda: optim.SGD([{"lr": 1.0}]), "'params'"),
         (lambda: optim.SGD([{"params": [W], "rate": 1.0}]), r"unknown hyperparameters \['rate'\]"),
+        (
+            lambda: optim.SGD([gg.tensor([1.0])]),
+            r"\(1,\) does not require.*requires_grad_",
+        ),
+        (lambda: optim.SGD([gg.tensor([1])]), r"holds int64.*convert it"),
+        (lambda: optim.SGD([W]).add_param_group({"params": [W]}), "twice"),
+        (lambda: optim.SGD([W]).add_param_group({"params": []}), "empty"),
+        (lambda: optim.SGD([W]).add_param_group({"lr": 0.1}), "'params'"),
+        (lambda: optim.SGD([W]).add_param_group([V]), "a dict with 'params'"),
+        (lambda: optim.SGD([W]).add_param_group({"params": [V], "lr": math.nan}), "lr is nan"),
+        (lambda: optim.SGD([{"params": [W], "lr": -1.0}]), "lr is -1.0"),
+        (lambda: optim.SGD([W], lr=gg.tensor(0.1)), r"lr is a tensor.*\.item\(\)"),
+        (lambda: optim.Adam([W], betas=(gg.tensor(0.9), 0.999)), "beta1 is a tensor"),
+        (lambda: optim.SGD([W], dampening=math.nan), "dampening is nan"),
+        (lambda: optim.SGD([W], momentum=math.nan), "momentum is nan"),
+        (lambda: optim.Adam([W], eps=math.nan), "eps is nan"),
+        (lambda: optim.AdamW([W], weight_decay=math.nan), "weight_decay is nan"),
+        (lambda: optim.RMSprop([W], eps=-1.0), "eps is -1.0"),
+        (lambda: optim.Adagrad([W], eps=math.nan), "eps is nan"),
+        (lambda: optim.Lion([W], weight_decay=-0.1), "weight_decay is -0.1"),
         (lambda: optim.SGD([W], lr=-1.0), "lr is -1.0"),
         (lambda: optim.SGD([W], lr=math.nan), "lr is nan"),
         (lambda: optim.SGD([W], lr=math.inf), "lr is inf"),
@@ -323,6 +344,28 @@ def test_refusals(make, message) -> None:
     with pytest.raises(optim.OptimizerError, match=message) as caught:
         make()
     assert isinstance(caught.value, ValueError)
+
+
+def test_a_refused_group_leaves_the_optimiser_as_it_was() -> None:
+    optimizer = optim.SGD([W], lr=0.1)
+    for group in ({"params": [V, W]}, {"params": [V], "lr": -1.0}, {"params": [V], "rate": 1.0}):
+        with pytest.raises(optim.OptimizerError):
+            optimizer.add_param_group(group)
+    assert [group["params"] for group in optimizer.param_groups] == [[W]]
+
+
+def test_frozen_parameters_stay_and_can_be_thawed() -> None:
+    a, b = (nn.Parameter(gg.tensor([1.0])) for _ in range(2))
+    b.requires_grad_(False)
+    optimizer = optim.SGD([a, b], lr=0.5)
+    for expected in (1.0, 0.5):
+        (a * b).sum().backward()
+        optimizer.step()
+        assert b.item() == expected
+        optimizer.zero_grad()
+        with gg.no_grad():
+            a[...] = 1.0
+        b.requires_grad_()
 
 
 @pytest.mark.parametrize(("name", "options"), CASES[2:] + LION)
