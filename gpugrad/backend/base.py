@@ -206,6 +206,21 @@ class Backend:
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 
+    def pinned(self, host: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """``host`` in memory that the device reads by itself; as it is where there is none."""
+        return host
+
+    def copy_async(
+        self, host: np.ndarray[Any, Any], device: str | None = None
+    ) -> Callable[[], Array]:
+        """Begin to copy ``host`` to ``device``, beside the work that is queued there.
+
+        Work that is queued after a call of the function that comes back sees the copy, which the
+        function returns. Until then ``host`` must stay as it is.
+        """
+        copy = self.asarray(host, device=device)
+        return lambda: copy
+
     def storage(self, x: Array) -> Any:
         """The object that owns the memory of ``x``: views of one buffer share it."""
         return x

@@ -8,9 +8,11 @@ mask has true ones, indexing with boolean arrays and ``nonzero``.
 from __future__ import annotations
 
 import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial, wraps
+from threading import Lock
 from typing import Any
 
 import cupy
@@ -154,6 +156,26 @@ class CupyBackend(Backend):
     def synchronize(self) -> None:
         cupy.cuda.Device().synchronize()
 
+    def pinned(self, host: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if not host.size:
+            return host
+        out: np.ndarray[Any, Any] = cupyx.empty_pinned(host.shape, host.dtype)
+        out[...] = host
+        return out
+
+    def copy_async(
+        self, host: np.ndarray[Any, Any], device: str | None = None
+    ) -> Callable[[], Array]:
+        place = cupy.cuda.Device() if device is None else self.native_device(device)
+        with self._on(place):
+            stream = self._copies[int(place)]
+            return stream.copy(np.ascontiguousarray(host), partial(self._on, place))
+
+    @cached_property
+    def _copies(self) -> defaultdict[int, _CopyStream]:
+        """The stream of each GPU that copies run on."""
+        return defaultdict(_CopyStream)
+
     def storage(self, x: Array) -> Any:
         while x.base is not None:
             x = x.base
@@ -279,6 +301,42 @@ def _atomically(g: Array, index: Any, shape: tuple[int, ...]) -> Array:
     return out.view(np.int64).astype(g.dtype) if kind in "biu" else out.astype(g.dtype, copy=False)
 
 
+class _CopyStream:
+    """A stream of one GPU for copies from the host, beside the stream that computes."""
+
+    def __init__(self) -> None:
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        # Host memory must not be used again before it has been read.
+        self._under_way: deque[tuple[Any, Any]] = deque()
+        self._lock = Lock()
+
+    def copy(
+        self, host: np.ndarray[Any, Any], here: Callable[[], AbstractContextManager[Any]]
+    ) -> Callable[[], Array]:
+        """Begin to copy ``host`` to the current GPU, which ``here`` makes current again."""
+        with self._lock:
+            while self._under_way and self._under_way[0][0].done:
+                self._under_way.popleft()
+        # The memory belongs to the stream that computes, which may still use what was in it: the
+        # copy begins when all that is queued there by now is done.
+        out = cupy.empty(host.shape, dtype=host.dtype)
+        self._stream.wait_event(_event(cupy.cuda.get_current_stream()))
+        out.set(host, stream=self._stream)
+        arrived = _event(self._stream)
+        self._under_way.append((arrived, host))
+
+        def receive() -> Array:
+            with here():
+                cupy.cuda.get_current_stream().wait_event(arrived)
+            return out
+
+        return receive
+
+
+def _event(stream: Any) -> Any:
+    return stream.record(cupy.cuda.Event(disable_timing=True))
+
+
 # -- extensions of the standard --------------------------------------------------------------------
 
 
@@ -394,9 +452,9 @@ class SeveralGpus(CupyBackend):
 
     #: Methods that launch nothing, or switch by themselves.
     _plain = frozenset(
-        ("bind", "describe_devices", "device", "device_count", "devices", "dtype", "find_dtype",
-         "from_dlpack", "is_view", "native_device", "nbytes", "numpy_dtype", "storage",
-         "synchronize", "to_host")
+        ("bind", "copy_async", "describe_devices", "device", "device_count", "devices", "dtype",
+         "find_dtype", "from_dlpack", "is_view", "native_device", "nbytes", "numpy_dtype", "pinned",
+         "storage", "synchronize", "to_host")
     )  # fmt: skip
 
     def __init__(self, count: int) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gpugrad.data.errors import DataCorruptError, DataError, DataNotFoundError, NonFiniteDataError
 from gpugrad.data.idx import read_idx
 
-__all__ = ["NAMES", "Dataset", "load"]
+__all__ = ["NAMES", "LabelledDataset", "load"]
 
 NAMES = ("digits", "fashion-mnist")
 """The names `load` knows; anything else is taken for the path of an .npz file."""
@@ -31,7 +31,7 @@ _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Dataset:
+class LabelledDataset:
     """Examples and their class labels, split into a training set and a test set.
 
     `train_x` and `test_x` are float32 of shape [N, *feature_shape] and hold finite values;
@@ -42,8 +42,8 @@ class Dataset:
     anything else. Labels of any integer dtype are converted.
 
     >>> x = np.zeros((4, 2), np.float32)
-    >>> Dataset("toy", x, np.array([0, 1, 0, 1]), x[:1], np.array([1]), classes=2)
-    Dataset('toy': train [4, 2], test [1, 2], 2 classes)
+    >>> LabelledDataset("toy", x, np.array([0, 1, 0, 1]), x[:1], np.array([1]), classes=2)
+    LabelledDataset('toy': train [4, 2], test [1, 2], 2 classes)
     """
 
     name: str
@@ -79,12 +79,12 @@ class Dataset:
 
     def __repr__(self) -> str:
         train, test = list(self.train_x.shape), list(self.test_x.shape)
-        return f"Dataset({self.name!r}: train {train}, test {test}, {self.classes} classes)"
+        return f"LabelledDataset({self.name!r}: train {train}, test {test}, {self.classes} classes)"
 
 
 def load(
     name_or_path: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None
-) -> Dataset:
+) -> LabelledDataset:
     """Load a data set by its name, or from an .npz file; features come as float32 in [0, 1].
 
     * `"digits"`: 1,797 handwritten digits, shape [8, 8], 10 classes; 1,437 for training and 360
@@ -104,7 +104,7 @@ def load(
     `DataError` for data of an unusable shape, type or label.
 
     >>> load("digits")
-    Dataset('digits': train [1437, 8, 8], test [360, 8, 8], 10 classes)
+    LabelledDataset('digits': train [1437, 8, 8], test [360, 8, 8], 10 classes)
     """
     name = os.fspath(name_or_path)
     if name == "digits":
@@ -122,12 +122,12 @@ def load(
     )
 
 
-def _load_digits() -> Dataset:
+def _load_digits() -> LabelledDataset:
     folder = resources.files(__package__ or "gpugrad.data") / "digits"
     with (folder / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         images, labels, test = arrays["images"], arrays["labels"], arrays["test"]
     x = images.astype(np.float32) / np.float32(16)
-    return Dataset(
+    return LabelledDataset(
         "digits",
         *(x[~test], labels[~test], x[test], labels[test]),
         classes=10,
@@ -137,7 +137,7 @@ def _load_digits() -> Dataset:
     )
 
 
-def _load_fashion_mnist(folder: Path | None) -> Dataset:
+def _load_fashion_mnist(folder: Path | None) -> LabelledDataset:
     found = _find_fashion_mnist(folder)
     arrays = {key: read_idx(path) for key, path in found.items()}
     for key, array in arrays.items():
@@ -154,7 +154,7 @@ def _load_fashion_mnist(folder: Path | None) -> Dataset:
                 f"{found[f'{part}_x']} has {len(images)} images but {found[f'{part}_y']} has "
                 f"{len(labels)} labels; fetch both again"
             )
-    return Dataset(
+    return LabelledDataset(
         "fashion-mnist",
         *(_unit_interval(arrays["train_x"]), arrays["train_y"]),
         *(_unit_interval(arrays["test_x"]), arrays["test_y"]),
@@ -196,7 +196,7 @@ def _find_fashion_mnist(folder: Path | None) -> dict[str, Path]:
     )
 
 
-def _load_npz(path: Path) -> Dataset:
+def _load_npz(path: Path) -> LabelledDataset:
     arrays = _read_npz(path)
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         train_x, train_y = arrays["x_train"], arrays["y_train"]
@@ -209,7 +209,7 @@ def _load_npz(path: Path) -> Dataset:
             f"{path}: needs arrays x_train, y_train, x_test and y_test, or x and y; "
             f"it has {', '.join(sorted(arrays)) or 'none'}"
         )
-    # Checked here as well as by Dataset, to speak of the arrays by the file's own names.
+    # Checked here as well as by LabelledDataset, to speak of the arrays by the file's own names.
     for key, array in parts.items():
         check = _check_features if key.startswith("x") else _check_labels
         check(array, f"{key} of {path}")
@@ -244,7 +244,7 @@ def _load_npz(path: Path) -> Dataset:
             f"{path}: x_train is {train_x.dtype} but x_test is {test_x.dtype}; store both alike"
         )
     train_x, test_x = _scaled(train_x, test_x)
-    return Dataset(path.stem, train_x, train_y, test_x, test_y, classes, source=str(path))
+    return LabelledDataset(path.stem, train_x, train_y, test_x, test_y, classes, source=str(path))
 
 
 def _read_npz(path: Path) -> Mapping[str, NDArray[Any]]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpugrad.errors import GpugradError
 
-__all__ = ["DataCorruptError", "DataError", "DataNotFoundError", "NonFiniteDataError"]
+__all__ = [
+    "DataCorruptError",
+    "DataError",
+    "DataLoaderError",
+    "DataNotFoundError",
+    "NonFiniteDataError",
+]
 
 
 class DataError(GpugradError, ValueError):
@@ -17,6 +25,22 @@ class DataNotFoundError(DataError, FileNotFoundError):
 
 class DataCorruptError(DataError):
     """A file whose bytes contradict its format: truncated, damaged, or of another kind."""
+
+
+class DataLoaderError(DataError, RuntimeError):
+    """A batch that could not be loaded; `__cause__` is what the data set raised.
+
+    `index` is that of the example at fault, None where it is not known; `indices` are those of the
+    whole batch.
+    """
+
+    def __init__(self, message: str, index: Any, indices: tuple[Any, ...] = ()) -> None:
+        super().__init__(message, index, indices)
+        self.index = index
+        self.indices = indices
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NonFiniteDataError(DataError):

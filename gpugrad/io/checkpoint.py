@@ -3,61 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import importlib
 import json
 import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpugrad.core.tensor import Tensor
+from gpugrad.io.atomic import replace_file, sync_folder
 from gpugrad.io.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointNotFoundError,
     CheckpointWriteError,
 )
+from gpugrad.io.safetensors import Entry, Metadata, code_of, make_header, read_header
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_metadata", "save"]
 
 Tensors = dict[str, NDArray[Any]]
-Metadata = dict[str, str]
 
-# What `save` adds to the metadata. The digest over the metadata keeps its meaning in every future
-# format, so that a damaged version number is never mistaken for a newer file.
+# What `save` adds to the metadata. The digest over the metadata covers the digests of the tensors,
+# and so the whole file. It keeps its meaning in every future format, so that a damaged version
+# number is never mistaken for a newer file.
 _RESERVED = "gpugrad."
 _FORMAT_KEY = "gpugrad.format"
 _TENSORS_KEY = "gpugrad.tensors.sha256"
 _METADATA_KEY = "gpugrad.metadata.sha256"
 _FORMAT = "1"
 
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "U16": "uint16",
-    "U32": "uint32",
-    "U64": "uint64",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-}
-_ML_DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-_SUPPORTED = frozenset((*_DTYPES.values(), *_ML_DTYPES.values()))
+#: Bytes from which threads are worth their while.
+_MANY = 1 << 23
 
 
 def save(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, NDArray[Any]],
+    tensors: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `tensors` and `metadata` to a safetensors file at `path`, atomically and durably.
@@ -65,13 +51,14 @@ def save(
     The file appears under its name only when it is complete and on the disk. Whatever stops this
     before (a full disk, an interrupt, a crash), a previous checkpoint at `path` stays as it was.
     Only a killed process leaves its temporary file behind, `.gpugrad-*.tmp` in the same folder,
-    which can be deleted. A symbolic link is written through. Checksums of the tensors and of the
-    metadata go into the file's metadata, under names that begin with `gpugrad.`.
+    which can be deleted. A symbolic link is written through. A checksum of every tensor, and one
+    of all the metadata, these checksums among them, go into the file's metadata under names that
+    begin with `gpugrad.`.
 
-    Tensors are NumPy arrays of any shape and layout, of type bool, int8 ... int64, uint8 ...
-    uint64, float16, float32, float64, complex64 (since safetensors 0.7) and, from ml_dtypes,
-    bfloat16, float8_e4m3fn and float8_e5m2. They are stored little-endian. The whole file is built
-    in memory first.
+    Tensors are NumPy arrays, or tensors on any device, of any shape and layout, of type bool,
+    int8 ... int64, uint8 ... uint64, float16, float32, float64, complex64 (which other programs
+    read from safetensors 0.7 on) and, from ml_dtypes, bfloat16, float8_e4m3fn and float8_e5m2.
+    They are stored little-endian.
 
     Raises `CheckpointWriteError` when the file cannot be written, and `CheckpointError`, before
     anything is touched, for tensors or metadata that safetensors cannot hold.
@@ -84,79 +71,141 @@ def save(
     ({'weight': array([[1., 1., 1.],
            [1., 1., 1.]], dtype=float32)}, {'epoch': '7'})
     """
-    _replace(Path(os.path.realpath(path)), _encode(tensors, metadata or {}))
+    arrays = {name: _storable(name, tensor) for name, tensor in tensors.items()}
+    complete = _checked_metadata(metadata or {})
+    digests = _digests(arrays)
+    complete |= {_FORMAT_KEY: _FORMAT, _TENSORS_KEY: json.dumps(digests)}
+    try:
+        complete[_METADATA_KEY] = _metadata_digest(complete)
+        header, order = make_header(arrays, complete)
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{error.object!r} is not text that UTF-8 can encode") from error
+    _replace(Path(os.path.realpath(path)), [header, *(_bytes(arrays[name]) for name in order)])
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Tensors, Metadata]:
-    """Read a safetensors file: its tensors, as writable NumPy arrays, and its metadata.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    names: Collection[str] | None = None,
+    mmap: bool = False,
+) -> tuple[Tensors, Metadata]:
+    """Read safetensors: the tensors, as writable NumPy arrays, and the metadata.
+
+    `path` is a file; or an index of shards, `*.safetensors.index.json`, as Hugging Face writes it;
+    or a folder with `model.safetensors` or `model.safetensors.index.json` in it.
+
+    With `names`, only these tensors are read. With `mmap`, arrays are read-only views of the file,
+    whose pages are read when they are used, and are not checked against their checksums.
 
     A file that `save` wrote is checked against its checksums, and its metadata comes back as it
     was given; files of other programs have no checksums and are checked for structure alone.
     Nothing is ever unpickled.
 
     Raises `CheckpointNotFoundError`; `CheckpointCorruptError`, naming the tensor where one is to
-    blame; and `CheckpointError` when the file is of a newer format or needs ml_dtypes (for
-    bfloat16 and float8) while that is not installed.
+    blame; and `CheckpointError` when a name is not there, or the file is of a newer format or needs
+    ml_dtypes (for bfloat16 and float8) while that is not installed.
     """
+    from gpugrad.io.sharded import find_shards, load_shards
+
+    if (index := find_shards(Path(path))) is not None:
+        return load_shards(index, names, mmap)
+    if os.path.isdir(path):
+        path = Path(path, "model.safetensors")
+    tensors, metadata, there = read_file(path, names, mmap)
+    if names is not None and (absent := sorted(set(names) - there)):
+        raise CheckpointError(f"checkpoint {path}: has no tensors {', '.join(absent)}")
+    return tensors, metadata
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """The metadata of one file, checked against their checksum; its tensors are not read.
+
+    Raises what :func:`load` raises.
+    """
+    with _opened(path) as (file, where):
+        _, metadata, _ = read_header(file, os.fstat(file.fileno()).st_size, where)
+        _checked_digests(metadata, where)
+    return _public(metadata)
+
+
+def read_file(
+    path: str | os.PathLike[str], names: Collection[str] | None, mmap: bool
+) -> tuple[Tensors, Metadata, set[str]]:
+    """Those of `names` that one file has, its metadata, and the names of all its tensors."""
+    with _opened(path) as (file, where):
+        return _read(file, where, names, mmap)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str]]:
     try:
-        raw = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            yield file, f"checkpoint {path}"
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"{path}: no such checkpoint") from None
     except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return _decode(raw, f"checkpoint {path}")
 
 
-def _encode(tensors: Mapping[Any, Any], metadata: Mapping[Any, Any]) -> bytes:
-    import safetensors.numpy
-
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise CheckpointError(
-                f"metadata {key!r}: safetensors stores strings only, got "
-                f"{type(key).__name__} -> {type(value).__name__}; gpugrad.io.pack stores the rest"
-            )
-        if key.startswith(_RESERVED):
-            raise CheckpointError(f"metadata {key!r}: names beginning {_RESERVED!r} are reserved")
-    arrays = {name: _storable(name, tensor) for name, tensor in tensors.items()}
-    digests = {name: _digest(array) for name, array in arrays.items()}
-    complete = {**metadata, _FORMAT_KEY: _FORMAT, _TENSORS_KEY: json.dumps(digests)}
-    try:
-        complete[_METADATA_KEY] = _metadata_digest(complete)
-        return safetensors.numpy.save(arrays, complete)
-    except UnicodeEncodeError as error:
-        raise CheckpointError(f"{error.object!r} is not text that UTF-8 can encode") from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"safetensors refuses these tensors: {error}") from error
-
-
-def _decode(raw: bytes, where: str) -> tuple[Tensors, Metadata]:
-    import safetensors
-
-    try:
-        entries = dict(safetensors.deserialize(raw))  # type: ignore[no-untyped-call]
-        # `deserialize` has checked the header but returns no metadata.
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        metadata: Metadata = header.get("__metadata__") or {}
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointCorruptError(f"{where}: not a whole safetensors file: {error}") from error
+def _read(
+    file: BinaryIO, where: str, names: Collection[str] | None, mmap: bool
+) -> tuple[Tensors, Metadata, set[str]]:
+    entries, metadata, start = read_header(file, os.fstat(file.fileno()).st_size, where)
     digests = _checked_digests(metadata, where)
+    there = {entry.name for entry in entries}
     if digests is None:
-        names = sorted(entries)
+        wanted = sorted(there)
     else:
-        names = list(digests)
-        if differing := sorted(entries.keys() ^ digests.keys()):
+        wanted = list(digests)
+        if differing := sorted(there ^ digests.keys()):
             raise CheckpointCorruptError(
                 f"{where}: tensors and checksums name different tensors: {', '.join(differing)}"
             )
-    tensors = {}
-    for name in names:
-        tensors[name] = _array(entries.pop(name), f"{where}: tensor {name!r}")
-        if digests is not None and _digest(tensors[name]) != digests[name]:
-            raise CheckpointCorruptError(
-                f"{where}: tensor {name!r} differs from its checksum; restore another copy"
-            )
-    return tensors, {k: v for k, v in metadata.items() if not k.startswith(_RESERVED)}
+    if names is not None:
+        wanted = [name for name in wanted if name in names]
+    kept = set(wanted)
+    chosen = {entry.name: entry for entry in entries if entry.name in kept}
+    if mmap:
+        found = _mapped(file, start, chosen, where)
+    else:
+        # In the order of the file.
+        found = {name: _array(file, start, entry, where) for name, entry in chosen.items()}
+    if digests is not None and not mmap:
+        for name, digest in _digests(found).items():
+            if digest != digests[name]:
+                raise CheckpointCorruptError(
+                    f"{where}: tensor {name!r} differs from its checksum; restore another copy"
+                )
+    return {name: found[name] for name in wanted}, _public(metadata), there
+
+
+def _public(metadata: Metadata) -> Metadata:
+    return {key: value for key, value in metadata.items() if not key.startswith(_RESERVED)}
+
+
+def _array(file: BinaryIO, start: int, entry: Entry, where: str) -> NDArray[Any]:
+    dtype = entry.dtype(where)
+    raw = np.empty(entry.end - entry.begin, np.uint8)
+    file.seek(start + entry.begin)
+    got = file.readinto(raw.data) if raw.size else 0  # type: ignore[attr-defined]
+    if got != raw.size:
+        raise CheckpointCorruptError(f"{where}: tensor {entry.name!r}: the file became shorter")
+    return raw.view(dtype).reshape(entry.shape)
+
+
+def _mapped(file: BinaryIO, start: int, entries: Mapping[str, Entry], where: str) -> Tensors:
+    raw = np.memmap(file, np.uint8, "r").view(np.ndarray)  # a plain array over the pages
+    return {
+        name: raw[start + entry.begin : start + entry.end]
+        .view(entry.dtype(where))
+        .reshape(entry.shape)
+        for name, entry in entries.items()
+    }
 
 
 def _checked_digests(metadata: Metadata, where: str) -> dict[str, str] | None:
@@ -177,16 +226,33 @@ def _checked_digests(metadata: Metadata, where: str) -> dict[str, str] | None:
         raise CheckpointCorruptError(f"{where}: no list of checksums: {error}") from error
 
 
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def _checked_metadata(metadata: Mapping[Any, Any]) -> Metadata:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise CheckpointError(
+                f"metadata {key!r}: safetensors stores strings only, got "
+                f"{type(key).__name__} -> {type(value).__name__}; gpugrad.io.pack stores the rest"
+            )
+        if key.startswith(_RESERVED):
+            raise CheckpointError(f"metadata {key!r}: names beginning {_RESERVED!r} are reserved")
+    return dict(metadata)
+
+
 def _storable(name: Any, tensor: Any) -> NDArray[Any]:
-    """Return `tensor` as safetensors wants it: contiguous, little-endian, of a type it has."""
+    """Return `tensor` as the file holds it: contiguous, little-endian, of a type it has."""
     if not isinstance(name, str) or name == "__metadata__":
         raise CheckpointError(f"{name!r} cannot be the name of a tensor; use another string")
+    if isinstance(tensor, Tensor):
+        tensor = tensor.detach().cpu().numpy()
     if not isinstance(tensor, np.ndarray):
         raise CheckpointError(
-            f"tensor {name!r}: expected a NumPy array, got {type(tensor).__name__}; "
+            f"tensor {name!r}: expected a NumPy array or a tensor, got {type(tensor).__name__}; "
             "bring it to the host first"
         )
-    if tensor.dtype.name not in _SUPPORTED:
+    if code_of(tensor.dtype) is None:
         hint = "; store .real and .imag" if tensor.dtype.name == "complex128" else ""
         raise CheckpointError(
             f"tensor {name!r}: safetensors cannot hold {tensor.dtype}{hint or '; convert it'}"
@@ -195,28 +261,22 @@ def _storable(name: Any, tensor: Any) -> NDArray[Any]:
     return np.asarray(tensor, dtype=tensor.dtype.newbyteorder("<"), order="C")
 
 
-def _array(entry: Mapping[str, Any], where: str) -> NDArray[Any]:
-    code = entry["dtype"]
-    if code in _DTYPES:
-        dtype = np.dtype(_DTYPES[code]).newbyteorder("<")
-    elif code in _ML_DTYPES:
-        try:
-            dtype = np.dtype(getattr(importlib.import_module("ml_dtypes"), _ML_DTYPES[code]))
-        except ImportError:
-            raise CheckpointError(
-                f"{where} is {_ML_DTYPES[code]}, which NumPy has only with the package ml_dtypes; "
-                "pip install ml_dtypes"
-            ) from None
-    else:
-        raise CheckpointError(f"{where} has type {code}, which NumPy has not")
-    values: NDArray[Any] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
-    return values
+def _bytes(array: NDArray[Any]) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _digests(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """The digest of each array; large ones are worked on by several threads."""
+    if sum(array.nbytes for array in arrays.values()) < _MANY:
+        return {name: _digest(array) for name, array in arrays.items()}
+    with ThreadPoolExecutor() as pool:  # the hash lets other threads run
+        return dict(zip(arrays, pool.map(_digest, arrays.values())))
 
 
 def _digest(array: NDArray[Any]) -> str:
     # Type and shape too: one flipped byte in the header turns F32 into I32 of the same bytes.
     digest = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}\n".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+    digest.update(_bytes(array))
     return digest.hexdigest()
 
 
@@ -224,57 +284,31 @@ def _metadata_digest(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, so that at every moment the file there is the old or the new one."""
+def _replace(path: Path, chunks: list[Any]) -> None:
+    """Put `chunks` at `path`; CheckpointWriteError says what became of the file that was there."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise CheckpointWriteError(f"{path}: is not a regular file; choose another name")
     if not os.path.isdir(path.parent):
         raise CheckpointWriteError(f"{path}: there is no folder {path.parent}; create it first")
-    # In the same folder, since renaming is atomic only within one file system.
-    temporary = path.with_name(f".gpugrad-{secrets.token_hex(8)}.tmp")
     try:
-        # Unbuffered: closing after a failure must not try to write once more.
-        with open(temporary, "xb", buffering=0) as file:
-            view = memoryview(content)
-            while view:
-                view = view[file.write(view) :]
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
+        replace_file(path, chunks)
+    except OSError as error:
         previous = os.path.exists(path)
         fate = "the previous checkpoint is intact" if previous else "there was none before"
+        size = sum(memoryview(chunk).nbytes for chunk in chunks)
         raise _write_error(
-            f"checkpoint {path} could not be written ({len(content)} bytes): "
+            f"checkpoint {path} could not be written ({size} bytes): "
             f"{error.strerror or error}; {fate}",
             error,
         ) from error
     try:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise _write_error(
             f"checkpoint {path} is written, but may not survive a power failure: "
             f"{error.strerror or error}",
             error,
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a renaming within `folder` to the disk."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems do not know this; renaming is durable there by other means.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _write_error(message: str, cause: OSError) -> CheckpointWriteError:

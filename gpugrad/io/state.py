@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpugrad.core.tensor import Tensor
 from gpugrad.io.errors import CheckpointCorruptError, CheckpointError
 
 __all__ = ["pack", "unpack"]
@@ -19,13 +20,14 @@ _STATE_KEY = "state"
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Split nested training state into the tensors and the metadata of a checkpoint.
 
-    `state` is a dict of string keys to NumPy arrays and scalars of any shape and dtype, None,
-    bools, ints of any size, floats, strings, and lists, tuples and dicts of these. An array is
-    named by its path, its parts joined with dots; everything else goes, as JSON, under `"state"`
-    in the metadata. `unpack` restores it exactly, save that every mapping comes back as a dict.
+    `state` is a dict to NumPy arrays and scalars of any shape and dtype, tensors, None, bools, ints
+    of any size, floats, strings, and lists, tuples and dicts of these. Keys are strings or, all of
+    one dict, ints. An array is named by its path, its parts joined with dots; everything else goes,
+    as JSON, under `"state"` in the metadata. `unpack` restores it exactly, save that every mapping
+    comes back as a dict, and every tensor as a NumPy array.
 
-    Raises `CheckpointError`, naming the path, for a value of another type, a key that is not a
-    string, and two arrays of one name.
+    Raises `CheckpointError`, naming the path, for a value of another type, a key of another type,
+    and two arrays of one name.
 
     >>> state = {"model": {"0.weight": np.zeros(2)}, "optimizer": {"lr": 0.1, "betas": (0.9, 0.99)}}
     >>> tensors, metadata = pack(state)
@@ -70,13 +72,15 @@ def unpack(tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> 
 
 
 # In the JSON a dict with one key that begins with $ stands for something JSON has not: an array
-# {"$array": name}, a NumPy scalar {"$scalar": name}, a tuple {"$tuple": [...]}, or a dict
-# {"$dict": {...}} that would itself look like one of these.
+# {"$array": name}, a NumPy scalar {"$scalar": name}, a tuple {"$tuple": [...]}, a dict of integer
+# keys {"$ints": {"0": ...}}, or a dict {"$dict": {...}} that would itself look like one of these.
 
 
 def _encode(value: Any, path: str, tensors: dict[str, NDArray[Any]]) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray | np.generic):
         if path in tensors:
             raise CheckpointError(f"two arrays would both be called {path!r}; rename one")
@@ -86,8 +90,14 @@ def _encode(value: Any, path: str, tensors: dict[str, NDArray[Any]]) -> Any:
         items = [_encode(item, _join(path, str(i)), tensors) for i, item in enumerate(value)]
         return items if type(value) is list else {"$tuple": items}
     if isinstance(value, Mapping):
+        if value and all(type(key) is int for key in value):
+            named = {str(key): item for key, item in value.items()}
+            return {"$ints": {k: _encode(v, _join(path, k), tensors) for k, v in named.items()}}
         if odd := [key for key in value if type(key) is not str]:
-            raise CheckpointError(f"{path or 'state'}: key {odd[0]!r} is not a string; use str()")
+            raise CheckpointError(
+                f"{path or 'state'}: key {odd[0]!r} is not a string, and not all keys are integers"
+                "; use str()"
+            )
         tree = {key: _encode(item, _join(path, key), tensors) for key, item in value.items()}
         return {"$dict": tree} if len(tree) == 1 and next(iter(tree)).startswith("$") else tree
     raise CheckpointError(
@@ -116,6 +126,7 @@ _TAGS: dict[str, Callable[[Any, dict[str, NDArray[Any]]], Any]] = {
     "$array": lambda name, tensors: tensors.pop(name),
     "$scalar": lambda name, tensors: tensors.pop(name)[()],
     "$tuple": lambda items, tensors: tuple(_decode(items, tensors)),
+    "$ints": lambda tree, tensors: {int(k): v for k, v in _dict(tree, tensors).items()},
     "$dict": _dict,
 }
 

@@ -17,7 +17,7 @@ from gpugrad.data import (
     DataCorruptError,
     DataError,
     DataNotFoundError,
-    Dataset,
+    LabelledDataset,
     NonFiniteDataError,
     load,
 )
@@ -32,7 +32,7 @@ FASHION = {
 }
 
 
-def check_invariants(data: Dataset) -> None:
+def check_invariants(data: LabelledDataset) -> None:
     for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)):
         assert x.dtype == np.float32
         assert y.dtype == np.int64
@@ -373,18 +373,18 @@ def test_nothing_there(tmp_path: Path) -> None:
         load(tmp_path / "folder.npz")
 
 
-# Dataset
+# LabelledDataset
 
 
 def test_dataset_is_frozen_and_checked() -> None:
     x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 0, 1], np.uint8)
-    data = Dataset("toy", x, y, x[:2], y[:2], classes=2)  # type: ignore[arg-type]
+    data = LabelledDataset("toy", x, y, x[:2], y[:2], classes=2)  # type: ignore[arg-type]
     assert data.train_y.dtype == np.int64
     with pytest.raises(AttributeError):
         data.classes = 3  # type: ignore[misc]
     with pytest.raises(DataError, match="train_x of toy must be float32, got float64"):
-        Dataset("toy", x.astype(float), y, x, y, classes=2)  # type: ignore[arg-type]
+        LabelledDataset("toy", x.astype(float), y, x, y, classes=2)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"test_y of toy.*labels must be 0 to 0"):
-        Dataset("toy", x, y * 0, x, y, classes=1)  # type: ignore[arg-type]
+        LabelledDataset("toy", x, y * 0, x, y, classes=1)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteDataError, match=r"test_x of toy: 8 of 8 .*index \(0, 0\)"):
-        Dataset("toy", x, y, x * np.float32(np.nan), y, classes=2)  # type: ignore[arg-type]
+        LabelledDataset("toy", x, y, x * np.float32(np.nan), y, classes=2)  # type: ignore[arg-type]

@@ -280,7 +280,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         ({"a": np.zeros(2, complex)}, "tensor 'a': .* complex128; store .real and .imag"),
         ({"a": np.array(["x"])}, "tensor 'a': .* <U1"),
         ({"a": np.array([None])}, "tensor 'a': .* object"),
-        ({"a": [1.0, 2.0]}, "tensor 'a': expected a NumPy array, got list"),
+        ({"a": [1.0, 2.0]}, "tensor 'a': expected a NumPy array or a tensor, got list"),
         ({1: np.zeros(2)}, "1 cannot be the name"),
         ({"__metadata__": np.zeros(2)}, "cannot be the name"),
         ({"\ud800": np.zeros(2)}, "UTF-8"),
@@ -319,3 +319,16 @@ def test_importing_does_not_load_safetensors() -> None:
     code = "import sys, gpugrad.io; sys.exit('safetensors' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_large_tensors_are_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    arrays = {f"w{i}": np.full(400_000, i, np.float64) for i in range(6)}
+    save(path, arrays)
+    assert_same(load(path)[0], arrays)
+    raw = bytearray(path.read_bytes())
+    raw[-1_000_000] ^= 1  # in the last third of w5
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointCorruptError, match="tensor 'w5' differs"):
+        load(path)
+    assert list(load(path, names=["w0"])[0]) == ["w0"]
