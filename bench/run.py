@@ -20,6 +20,7 @@ from bench import common
 NAMES = (
     "overhead", "import_time", "long_chain", "leak", "main_job",
     "bias_gelu", "optimizer", "softmax", "norm", "products", "dropout", "embedding",
+    "attention", "convolution", "recurrent", "averaging", "data", "gpt", "steps",
 )  # fmt: skip
 BEGIN, END = "<!-- begin: written by bench/run.py -->", "<!-- end -->"
 

@@ -47,12 +47,15 @@ class Workload:
         How many times as fast as the best peer it must be.
     shape:
         What the result of the net is reshaped to before the loss, `(-1, classes)`; None if nothing.
+    without:
+        Contenders that cannot take part.
     """
 
     net: Callable[[Any], Any]
     data: Callable[[Any], tuple[Any, Any]]
     jax: Callable[[Any, Any, Arrays, Any], Any] | None
     least: float
+    without: tuple[str, ...] = ()
 
 
 # -- the nets --------------------------------------------------------------------------------------
@@ -92,9 +95,31 @@ def deep_jax(jax: Any, jnp: Any, p: Arrays, x: Any) -> Any:
     return x @ p[f"{2 * DEPTH}.weight"].T + p[f"{2 * DEPTH}.bias"]
 
 
+def cnn(nn: Any) -> Any:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def cnn_data(random: Any) -> tuple[Any, Any]:
+    return random.standard_normal((64, 1, 28, 28), dtype="float32"), random.integers(0, 10, 64)
+
+
+def cnn_jax(jax: Any, jnp: Any, p: Arrays, x: Any) -> Any:
+    for i in (0, 2):
+        x = jax.lax.conv(x, p[f"{i}.weight"], (1, 1), "VALID")
+        x = jax.nn.relu(x + p[f"{i}.bias"][:, None, None])
+    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+    x = jax.nn.relu(x.reshape(x.shape[0], -1) @ p["6.weight"].T + p["6.bias"])
+    return x @ p["8.weight"].T + p["8.bias"]
+
+
 WORKLOADS = {
     "mlp": Workload(mlp, mlp_data, mlp_jax, 1.3),
     "deep": Workload(deep, deep_data, deep_jax, 1.5),
+    # PyTorch 2.13 compiles gradients of zero for what is before the pool.
+    "cnn": Workload(cnn, cnn_data, cnn_jax, 1.6, without=("torch.compile, fused",)),
 }
 
 
@@ -250,7 +275,9 @@ def measure(workload: str, rounds: int) -> dict[str, list[float]]:
     commands = {
         name: ["--serve", name, "--only", workload]
         for name, (library, _) in CONTENDERS.items()
-        if importlib.util.find_spec(library) and (library != "jax" or work.jax)
+        if importlib.util.find_spec(library)
+        and (library != "jax" or work.jax)
+        and name not in work.without
     }
     seconds, answers = common.alternate_processes(
         __file__, commands, rounds=rounds, threads=THREADS

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import Field, fields, replace
+from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -16,10 +19,19 @@ from rich.console import Console
 
 import gpugrad
 from gpugrad.backend import backend_for_device
-from gpugrad.cli.config import ACTIVATIONS, DEFAULTS, DTYPES, OPTIMIZERS, Config, make_config
-from gpugrad.cli.display import Display, result_table
-from gpugrad.cli.training import Run, free_folder, resume, start
-from gpugrad.data import load
+from gpugrad.cli.config import Config, ConfigError, defaults_of, make_config, read_config
+from gpugrad.cli.display import Display, Logged, result_table
+from gpugrad.cli.tasks import task_of
+from gpugrad.cli.training import (
+    CHANGEABLE,
+    Run,
+    Watch,
+    free_folder,
+    load_run,
+    resume,
+    start,
+    stored_config,
+)
 from gpugrad.errors import DeviceError, GpugradError
 
 __all__ = ["app", "run"]
@@ -105,6 +117,16 @@ def info(
 # -- train ---------------------------------------------------------------------------------------
 
 
+def _checked(f: Field[Any]) -> Callable[[Any], Any] | None:
+    """What typer calls with the value of an option."""
+    about = f.metadata
+    if about["choices"]:
+        return _choice(about["choices"])
+    if about["share"]:
+        return _share
+    return _finite if isinstance(f.default, float) else None
+
+
 def _choice(names: Sequence[str]) -> Callable[[str | None], str | None]:
     """Accept one of `names`, in any case and with - for _."""
 
@@ -129,62 +151,62 @@ def _share(value: float | None) -> float | None:
     return value
 
 
-def _said(name: str, text: str, **options: Any) -> Any:
-    """An option whose help names its default; None tells that it was not given."""
-    default = str(getattr(Config, name))
-    for data, own in DEFAULTS.items():
-        default += f"; {data}: {own[name]}" if name in own else ""
-    return typer.Option(help=f"{text} \\[default: {default}]", **options)
+def _with_config(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of the configuration; None was not given.
+
+    The command takes them all in one mapping, `given`.
+    """
+    own = inspect.signature(function, eval_str=True).parameters
+    options = {}
+    for f in fields(Config)[1:]:
+        kind: Any = type(f.default)
+        about = f.metadata
+        text = about["help"]
+        if about["choices"]:
+            text += f" One of {', '.join(about['choices'])}."
+        least = about["least"] if kind is int else None
+        annotation = Annotated[
+            kind | None,
+            typer.Option(
+                help=f"{text} \\[default: {defaults_of(f.name)}]", min=least, callback=_checked(f)
+            ),
+        ]
+        options[f.name] = inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+    @wraps(function)
+    def command(**values: Any) -> None:
+        given = {name: value for name in options if (value := values.pop(name)) is not None}
+        function(**values, given=given)
+
+    listed = [p.replace(kind=p.KEYWORD_ONLY) for name, p in own.items() if name != "given"]
+    command.__signature__ = inspect.Signature([*listed, *options.values()])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*listed, *options.values())}
+    return command
 
 
 @app.command()
+@_with_config
 def train(
     data: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="DATA", help="digits, fashion-mnist, or the path of an .npz file with x and y."
+            metavar="DATA",
+            help="digits, fashion-mnist, text (Python's own sources), or a path: an .npz file with "
+            "x and y, a text file, or a folder of them.",
         ),
-    ],
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="A TOML file with options; those given here go first."),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder where the data lie, if not in the usual places.")
     ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
     ] = "auto",
-    width: Annotated[int | None, _said("width", "Units of a hidden layer.", min=1)] = None,
-    depth: Annotated[int | None, _said("depth", "Hidden layers.", min=0)] = None,
-    activation: Annotated[
-        str | None,
-        _said("activation", f"One of {', '.join(ACTIVATIONS)}.", callback=_choice([*ACTIVATIONS])),
-    ] = None,
-    epochs: Annotated[int | None, _said("epochs", "Times through the data.", min=1)] = None,
-    batch_size: Annotated[int | None, _said("batch_size", "Examples in a step.", min=1)] = None,
-    lr: Annotated[float | None, _said("lr", "Learning rate.", callback=_finite)] = None,
-    optimizer: Annotated[
-        str | None, _said("optimizer", "sgd or adamw.", callback=_choice(OPTIMIZERS))
-    ] = None,
-    lr_decay: Annotated[
-        float | None,
-        _said("lr_decay", "Learning rate times this after each epoch.", callback=_share),
-    ] = None,
-    momentum: Annotated[
-        float | None, _said("momentum", "Momentum of sgd.", callback=_finite)
-    ] = None,
-    weight_decay: Annotated[
-        float | None, _said("weight_decay", "Weight decay.", callback=_finite)
-    ] = None,
-    label_smoothing: Annotated[
-        float | None,
-        _said("label_smoothing", "Share of a label spread over all classes.", callback=_share),
-    ] = None,
-    clip: Annotated[
-        float | None,
-        _said("clip", "Bound on the global norm of the gradients; 0 for none.", callback=_finite),
-    ] = None,
-    seed: Annotated[int | None, _said("seed", "What all randomness starts from.", min=0)] = None,
-    dtype: Annotated[
-        str | None, _said("dtype", "float32 or float64.", callback=_choice(DTYPES))
-    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -199,54 +221,55 @@ def train(
             help="Go on with the run of this checkpoint, or folder; its options hold.",
         ),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write logs for TensorBoard into the folder.")
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error comes from.")
     ] = False,
+    given: Any = None,
 ) -> None:
-    """Train a multilayer perceptron to tell the classes of a data set apart."""
-    given = {
-        "data": data,
-        "width": width,
-        "depth": depth,
-        "activation": activation,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "optimizer": optimizer,
-        "lr_decay": lr_decay,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "label_smoothing": label_smoothing,
-        "clip": clip,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    """Train a net: to tell the classes of a data set apart, or to write text."""
     with _errors_told(traceback), _Interrupt() as interrupt:
+        options = {**({} if config is None else read_config(config)), **given}
+        named = options.pop("data", None)
         chosen = _device(device)
-        examples = load(data, folder=data_dir)
         if checkpoint is not None:
-            course = resume(checkpoint, examples, chosen, given, folder)
+            stored, _ = stored_config(checkpoint)
+            options["data"] = data or named or stored.data
+            changed = {k: v for k, v in options.items() if k in CHANGEABLE}
+            task = task_of(replace(stored, **changed), data_dir)
+            course = resume(checkpoint, task, chosen, options, folder)
         else:
-            where = folder or free_folder(Path("runs"), examples.name)
-            course = start(make_config(data, given), examples, chosen, where)
-        _train(course, interrupt, data_dir)
+            if (data or named) is None:
+                raise ConfigError("no data; name them, as in: gpugrad train digits")
+            settings = make_config(data or str(named), options)
+            task = task_of(settings, data_dir)
+            where = folder or free_folder(Path("runs"), task.name)
+            course = start(settings, task, chosen, where)
+        _train(course, interrupt, data_dir, tensorboard)
 
 
-def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None) -> None:
+def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None, tensorboard: bool) -> None:
     config = course.config
     parameters = sum(p.size for p in course.net.parameters())
     out.print(
-        f"{_plain(repr(course.data))}\n{config.depth} hidden layers of {config.width}, "
-        f"{config.activation}; {parameters:,} parameters on {course.device}\n"
+        f"{_plain(repr(course.task))}\n{config.model}, width {config.width}, depth "
+        f"{config.depth}; {parameters:,} parameters on {course.device}\n"
         f"{config.optimizer}, lr {config.lr:g}, batches of {config.batch_size}, "
         f"clip {config.clip or 'off'}, seed {config.seed}",
         soft_wrap=True,
     )
     if course.epoch or course.step:
         out.print(f"going on after epoch {course.epoch}, step {course.step} of the next")
-    with Display(out, config.epochs, course.epoch) as display:
-        finished = course.train(display, interrupt)
+    with ExitStack() as stack:
+        watch: Watch = stack.enter_context(Display(out, config.epochs, course.epoch))
+        if tensorboard:
+            from gpugrad.cli.tensorboard import TensorBoard
+
+            log = stack.enter_context(TensorBoard(course.folder / "tensorboard"))
+            watch = Logged(watch, log, course)
+        finished = course.train(watch, interrupt)
     if not finished:
         at = f"epoch {course.epoch + 1}, step {course.step}" if course.step else (
             f"the end of epoch {course.epoch}")  # fmt: skip
@@ -257,13 +280,69 @@ def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None) -> None:
         raise typer.Exit(INTERRUPTED)
     out.print(result_table(course.folder.name, course.history))
     last = course.history[-1]
+    if last["epoch"] < config.epochs:
+        out.print(f"stopped: the test loss has not fallen for {config.patience} epochs")
     seconds = sum(row["seconds"] for row in course.history)
     out.print(
-        f"test accuracy {last['test_accuracy']:.2%} after {last['epoch']} "
-        f"{'epoch' if last['epoch'] == 1 else 'epochs'} and "
-        f"{seconds:.1f} s of training; {course.checkpoint}",
+        f"test accuracy {last['test_accuracy']:.2%}, loss {last['test_loss']:.4f} after "
+        f"{last['epoch']} {'epoch' if last['epoch'] == 1 else 'epochs'} and {seconds:.1f} s of "
+        f"training; {course.checkpoint}",
         soft_wrap=True,
     )
+
+
+# -- eval and sample -----------------------------------------------------------------------------
+
+_RUN = typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")
+_TRACEBACK = typer.Option("--traceback", help="Show where an error comes from.")
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, _RUN],
+    data: Annotated[
+        str | None, typer.Option(help="Other data than the run's own, of the same kind.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder where the data lie.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    traceback: Annotated[bool, _TRACEBACK] = False,
+) -> None:
+    """Test the net of a run, that of its best epoch, on the data that are set apart."""
+    with _errors_told(traceback):
+        course = load_run(run, _device(device, err), data, data_dir)
+        loss, accuracy = course.test()
+        out.print(
+            f"{_plain(repr(course.task))}\n{course.config.model} after epoch {course.epoch}: test "
+            f"loss {loss:.4f}, accuracy {accuracy:.2%}",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, _RUN],
+    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "\n",
+    length: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 400,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, 1 draws as the net says.", min=0)
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(help="Draw from this many likeliest tokens; 0 for all.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="What is drawn starts from this.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    traceback: Annotated[bool, _TRACEBACK] = False,
+) -> None:
+    """Let a text model write."""
+    from gpugrad.cli.sampling import load_writer
+
+    with _errors_told(traceback):
+        writer = load_writer(run, _device(device, err))
+        out.print(_plain(prompt), end="", soft_wrap=True)
+        for text in writer(prompt, length, temperature, top_k, seed):
+            out.file.write(text)
+            out.file.flush()
+        out.print()
 
 
 def _resume_command(course: Run, data_dir: Path | None) -> str:
@@ -272,15 +351,15 @@ def _resume_command(course: Run, data_dir: Path | None) -> str:
     return shlex.join(words)
 
 
-def _device(wanted: str) -> str:
-    """The device to train on; for "auto" the first GPU, or the CPU and a line that says why."""
+def _device(wanted: str, say: Console = out) -> str:
+    """The device to work on; for "auto" the first GPU, or the CPU and a line that says why."""
     if wanted != "auto":
         backend_for_device(wanted).native_device(wanted)
         return wanted
     try:
         backend_for_device("cuda").native_device("cuda")
     except DeviceError as error:
-        out.print(f"on the CPU: {_plain(str(error))}", soft_wrap=True)
+        say.print(f"on the CPU: {_plain(str(error))}", soft_wrap=True)
         return "cpu"
     return "cuda:0"
 

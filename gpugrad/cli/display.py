@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gpugrad.cli.training import Reading
+from gpugrad.cli.training import Reading, Run, Watch
 
-__all__ = ["Display", "result_table"]
+__all__ = ["Display", "Logged", "result_table"]
 
 
 class Display:
@@ -77,6 +77,38 @@ class Display:
                 soft_wrap=True,
                 highlight=False,
             )
+
+
+class Logged:
+    """Hands what a watch is told to TensorBoard, too."""
+
+    def __init__(self, watch: Watch, log: Any, run: Run) -> None:
+        self._watch, self._log, self._run = watch, log, run
+
+    def _at(self, epoch: int, step: int) -> int:
+        return epoch * self._run.steps + step
+
+    def reading(self, reading: Reading) -> None:
+        self._watch.reading(reading)
+        self._log.scalars(
+            {
+                "loss/train": reading.loss,
+                "accuracy/train": reading.accuracy,
+                "gradient norm": reading.grad_norm,
+                "learning rate": reading.lr,
+                "samples per second": reading.samples_per_second,
+            },
+            self._at(reading.epoch - 1, reading.step),
+        )
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        self._watch.epoch(row)
+        at = self._at(row["epoch"], 0)
+        self._log.scalars(
+            {"loss/test": row["test_loss"], "accuracy/test": row["test_accuracy"]}, at
+        )
+        for name, p in self._run.net.named_parameters():
+            self._log.histogram(name, p.detach().cpu().numpy(), at)
 
 
 def result_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:

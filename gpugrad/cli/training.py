@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpugrad import io
+from gpugrad import io, optim
 from gpugrad import ops as gg
-from gpugrad.cli.config import Config, ConfigError, build_net, build_optimizer, option
-from gpugrad.cli.threads import serial_blas
-from gpugrad.core.conversion import asarray
+from gpugrad.cli.config import Config, ConfigError, option
+from gpugrad.cli.tasks import Task, task_of
+from gpugrad.core.autocast import autocast
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
-from gpugrad.data import Dataset, batches
 from gpugrad.errors import GpugradError
-from gpugrad.nn import functional as F
-from gpugrad.nn.random import default_generator, manual_seed
+from gpugrad.nn.random import Generator, default_generator, manual_seed
 
-__all__ = ["DivergedError", "ResumeError", "Run", "RunError", "Watch", "resume", "start"]
+__all__ = [
+    "DivergedError",
+    "Reading",
+    "ResumeError",
+    "Run",
+    "RunError",
+    "Watch",
+    "load_run",
+    "resume",
+    "start",
+    "stored_config",
+]
 
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
 
 #: Steps between two readings of loss, accuracy and norm from the device.
@@ -37,16 +46,7 @@ READ_EVERY = 50
 
 #: Options that a resumed run may set anew; the others would make it another run.
 # The data are told by what they hold, not by their path.
-CHANGEABLE = (
-    "data",
-    "epochs",
-    "lr",
-    "lr_decay",
-    "momentum",
-    "weight_decay",
-    "label_smoothing",
-    "clip",
-)
+CHANGEABLE = ("data", *(f.name for f in fields(Config) if f.metadata.get("changeable")))
 
 
 class RunError(GpugradError, RuntimeError):
@@ -81,6 +81,7 @@ class Reading:
     accuracy: float
     grad_norm: float
     samples_per_second: float
+    lr: float
 
 
 class Watch(Protocol):
@@ -103,15 +104,33 @@ class _Sums:
             setattr(self, name, value)
 
 
+def _optimizer(config: Config, net: Any) -> optim.Optimizer:
+    """The optimiser that a run asks for."""
+    params, lr, decay = net.parameters(), config.lr, config.weight_decay
+    match config.optimizer:
+        case "sgd":
+            return optim.SGD(params, lr, config.momentum, weight_decay=decay)
+        case "rmsprop":
+            return optim.RMSprop(params, lr, momentum=config.momentum, weight_decay=decay)
+        case "adam":
+            return optim.Adam(params, lr, weight_decay=decay)
+        case "adagrad":
+            return optim.Adagrad(params, lr, weight_decay=decay)
+        case "lion":
+            return optim.Lion(params, lr, weight_decay=decay)
+        case _:
+            return optim.AdamW(params, lr, weight_decay=decay)
+
+
 class Run:
     """A net, its optimiser and its data, somewhere between the first and the last epoch.
 
     Made by `start` and `resume`. `history` holds one row of measurements per finished epoch.
     """
 
-    def __init__(self, config: Config, data: Dataset, device: str, folder: Path) -> None:
+    def __init__(self, config: Config, task: Task, device: str, folder: Path) -> None:
         self.config = config
-        self.data = data
+        self.task = task
         self.device = device
         self.folder = folder
         self.epoch = 0  # epochs finished
@@ -119,11 +138,11 @@ class Run:
         self.sums = _Sums()
         self.history: list[dict[str, Any]] = []
         manual_seed(config.seed)
-        self.net = build_net(config, math.prod(data.feature_shape), data.classes).to(device)
-        self.optimizer = build_optimizer(config, self.net)
-        self.train_x = data.train_x.reshape(len(data.train_x), -1).astype(config.dtype, copy=False)
-        self.test_x = data.test_x.reshape(len(data.test_x), -1).astype(config.dtype, copy=False)
-        self._fingerprint: str | None = None
+        self.net = task.net(config).to(device)
+        self.optimizer = _optimizer(config, self.net)
+        self.scaler = optim.GradScaler(enabled=config.autocast == "float16")
+        # A generator of its own: the order of examples depends on nothing else that is drawn.
+        self.loader = task.loader(config, device, Generator(config.seed))
         self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
 
     @property
@@ -134,12 +153,25 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps of one epoch."""
-        return math.ceil(len(self.train_x) / self.config.batch_size)
+        return math.ceil(len(self.loader) / self.config.accumulate)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the epoch that runs."""
-        return self.config.lr * self.config.lr_decay**self.epoch
+        """The learning rate of the step that comes next.
+
+        A function of the step alone: a run that goes on, or is made longer, needs no other state.
+        """
+        config, done = self.config, self.epoch * self.steps + self.step
+        if done < config.warmup:
+            return config.lr * (done + 1) / config.warmup
+        if config.schedule == "decay":
+            return float(config.lr * config.lr_decay**self.epoch)
+        if config.schedule == "constant":
+            return config.lr
+        whole = max(1, config.epochs * self.steps - config.warmup)
+        share = min(1.0, (done - config.warmup) / whole)
+        left = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+        return config.lr * left
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -151,12 +183,12 @@ class Run:
         Raises DivergedError when the loss is no longer finite; the last checkpoint stays.
         """
         # Overflow is no surprise here: a loss that is not finite ends the run with an explanation.
-        with np.errstate(over="ignore", invalid="ignore"), serial_blas(self._largest_product()):
+        with np.errstate(over="ignore", invalid="ignore"):
             return self._train(watch, stop)
 
     def _train(self, watch: Watch, stop: Callable[[], bool]) -> bool:
         self._write_metrics()
-        while self.epoch < self.config.epochs:
+        while not self.finished:
             if not self._train_epoch(watch, stop):
                 self.save()
                 return False
@@ -166,26 +198,32 @@ class Run:
             self.step = 0
             self.sums = _Sums()
             self.save()
+            if row["test_loss"] == min(r["test_loss"] for r in self.history):
+                self._save_best()
             self._append_metrics(row)
             watch.epoch(row)
-            if stop() and self.epoch < self.config.epochs:
+            if stop() and not self.finished:
                 return False
         return True
 
-    def _largest_product(self) -> int:
-        sizes = (p.size for p in self.net.parameters() if p.ndim == 2)
-        return self.config.batch_size * max(sizes)
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is over, or the test loss has not fallen for too long."""
+        return self.epoch >= self.config.epochs or self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the test loss has not fallen for as many epochs as there is patience."""
+        losses = [row["test_loss"] for row in self.history]
+        if not losses or not self.config.patience:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def _train_epoch(self, watch: Watch, stop: Callable[[], bool]) -> bool:
-        config = self.config
-        # A generator of its own for every epoch: an order depends on nothing that came before.
-        rng = np.random.default_rng([config.seed, self.epoch])
-        order = batches(self.train_x, self.data.train_y, config.batch_size, rng=rng)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
         read_at = time.perf_counter()
-        for x, y in islice(order, self.step, None):
-            self._train_step(x, y)
+        batches = iter(self.loader)
+        while self.step < self.steps:
+            self._train_step(batches)
             self.step += 1
             stopping = stop()
             if stopping or self.step % READ_EVERY == 0 or self.step == self.steps:
@@ -195,20 +233,38 @@ class Run:
                 read_at = now
             if stopping and self.step < self.steps:
                 return False
+        for _ in batches:  # the loader's own end of the epoch
+            raise AssertionError("more batches than steps")
         return True
 
-    def _train_step(self, x: Any, y: Any) -> None:
+    def _train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One step, in which nothing is read from the device."""
-        inputs = asarray(x, device=self.device)
-        labels = asarray(y, device=self.device)
-        logits = self.net(inputs)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        config = self.config
         self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step(clip=self.config.clip or math.inf)
+        count = min(config.accumulate, len(self.loader) - self.step * config.accumulate)
+        found = []
+        for _ in range(count):
+            inputs, labels = next(batches)
+            with self._cast():
+                scores = self.net(inputs)
+                loss = self.task.loss(scores, labels, label_smoothing=config.label_smoothing)
+            self.scaler.scale(loss / count if count > 1 else loss).backward()
+            found.append((labels.size, loss.detach(), self.task.correct(scores.detach(), labels)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        scaler = self.scaler if self.scaler.is_enabled() else None
+        self.optimizer.step(clip=config.clip or math.inf, scaler=scaler, nonfinite=config.nonfinite)
         norm = self.optimizer.last_norm
         assert norm is not None
-        self._unread.append((len(y), loss.detach(), _correct(logits.detach(), labels), norm))
+        self._unread += [(*one, norm) for one in found]
+
+    def _cast(self) -> Any:
+        narrow = self.config.autocast
+        kind = self.device.partition(":")[0]
+        # Other devices than these two have no products in narrow types of their own.
+        if narrow == "off" or kind not in ("cpu", "cuda"):
+            return nullcontext()
+        return autocast(kind, dtype=narrow)
 
     def _read(self, seconds: float) -> Reading:
         """Bring what was measured since the last reading to the host."""
@@ -216,14 +272,14 @@ class Run:
         self._unread = []
         loss, correct, norm = (_read_together(x) for x in (losses, corrects, norms))
         if not np.isfinite(loss).all():
-            first = self.step - len(loss) + int(np.argmin(np.isfinite(loss))) + 1
-            raise self._diverged(first, float(loss[~np.isfinite(loss)][0]))
+            behind = (len(loss) - int(np.argmin(np.isfinite(loss))) - 1) // self.config.accumulate
+            raise self._diverged(self.step - behind, float(loss[~np.isfinite(loss)][0]))
         size = np.asarray(sizes)
         sums = self.sums
         sums.seen += int(size.sum())
         sums.loss += float((size * loss).sum())
         sums.correct += float(correct.sum())
-        sums.norm += float(norm.sum())
+        sums.norm += float(norm.sum()) / self.config.accumulate
         sums.greatest_norm = max(sums.greatest_norm, float(norm.max()))
         return Reading(
             self.epoch + 1,
@@ -233,6 +289,7 @@ class Run:
             float(correct.sum() / size.sum()),
             float(norm[-1]),
             int(size.sum()) / max(seconds, 1e-9),
+            self.optimizer.param_groups[0]["lr"],
         )
 
     def _diverged(self, step: int, loss: float) -> DivergedError:
@@ -252,7 +309,7 @@ class Run:
         return {
             "epoch": self.epoch + 1,
             "steps": self.step,
-            "lr": self.lr,
+            "lr": self.optimizer.param_groups[0]["lr"],
             "loss": sums.loss / sums.seen,
             "train_accuracy": sums.correct / sums.seen,
             "test_loss": test_loss,
@@ -264,17 +321,19 @@ class Run:
         }
 
     @no_grad()
-    def test(self, batch_size: int = 1000) -> tuple[float, float]:
-        """Mean loss and accuracy on the test set."""
+    def test(self) -> tuple[float, float]:
+        """Mean loss and accuracy on what is set apart for it."""
         self.net.eval()
-        losses, corrects = [], []
-        for x, y in batches(self.test_x, self.data.test_y, batch_size, shuffle=False):
-            labels = asarray(y, device=self.device)
-            logits = self.net(asarray(x, device=self.device))
-            losses.append(F.cross_entropy(logits, labels, reduction="sum"))
-            corrects.append(_correct(logits, labels))
-        self.net.train()
-        count = len(self.test_x)
+        count, losses, corrects = 0, [], []
+        try:
+            for inputs, labels in self.task.test_batches(self.config, self.device):
+                with self._cast():
+                    scores = self.net(inputs)
+                    losses.append(self.task.loss(scores, labels, reduction="sum"))
+                corrects.append(self.task.correct(scores, labels))
+                count += labels.size
+        finally:
+            self.net.train()
         return (
             float(_read_together(losses).sum()) / count,
             float(_read_together(corrects).sum()) / count,
@@ -286,32 +345,29 @@ class Run:
         """Put a checkpoint of this point in place of the last one, whole or not at all."""
         state = {
             "config": asdict(self.config),
-            "data": self.described_data(),
+            "data": self.task.described(),
+            "task": self.task.kept(),
             "epoch": self.epoch,
             "step": self.step,
             "sums": vars(self.sums),
             "rng": default_generator.state,
             "history": self.history,
-            "model": _on_host(self.net.state_dict()),
-            "optimizer": _on_host(self.optimizer.state_dict()),
+            "loader": self.loader.state_dict(),
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
         io.save(self.checkpoint, *io.pack(state))
 
-    def described_data(self) -> dict[str, Any]:
-        """What tells one data set from another: shapes, and a digest of every value."""
-        data = self.data
-        if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for x in (data.train_x, data.train_y, data.test_x, data.test_y):
-                digest.update(np.ascontiguousarray(x).view(np.uint8).data)
-            self._fingerprint = digest.hexdigest()
-        return {
-            "training examples": len(data.train_x),
-            "test examples": len(data.test_x),
-            "feature shape": list(data.feature_shape),
-            "classes": data.classes,
-            "sha256": self._fingerprint,
+    def _save_best(self) -> None:
+        """Keep the net of the epoch with the least test loss, beside the checkpoint."""
+        state = {
+            "config": asdict(self.config),
+            "task": self.task.kept(),
+            "epoch": self.epoch,
+            "model": self.net.state_dict(),
         }
+        io.save(self.folder / BEST, *io.pack(state))
 
     def _write_metrics(self) -> None:
         """Begin the file anew from the checkpoint, whatever an interrupted run left in it."""
@@ -332,7 +388,7 @@ class Run:
             raise RunError(f"{path} could not be written: {error.strerror or error}") from error
 
 
-def start(config: Config, data: Dataset, device: str, folder: Path) -> Run:
+def start(config: Config, task: Task, device: str, folder: Path) -> Run:
     """A new run in `folder`, which is made; RunError when there is one in it already."""
     if (folder / CHECKPOINT).exists():
         raise RunError(
@@ -340,12 +396,27 @@ def start(config: Config, data: Dataset, device: str, folder: Path) -> Run:
             "--out"
         )
     _make_folder(folder)
-    return Run(config, data, device, folder)
+    return Run(config, task, device, folder)
+
+
+def stored_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration in a checkpoint, or in the one of a run's folder, and all of its state.
+
+    Raises ResumeError for a file that `gpugrad train` has not written.
+    """
+    path = path / CHECKPOINT if path.is_dir() else path
+    state = io.unpack(*io.load(path))
+    try:
+        return Config(**state["config"]), state
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ResumeError(
+            f"{path}: was not written by gpugrad train, or by another version of it ({error})"
+        ) from error
 
 
 def resume(
     path: Path,
-    data: Dataset,
+    task: Task,
     device: str,
     given: Mapping[str, Any],
     folder: Path | None = None,
@@ -359,42 +430,64 @@ def resume(
     Raises ResumeError, listing every difference, when options or data are those of another run.
     """
     path = path / CHECKPOINT if path.is_dir() else path
-    state = io.unpack(*io.load(path))
-    try:
-        stored = Config(**state["config"])
-        names = ("data", "epoch", "step", "sums", "rng", "history", "model", "optimizer")
-        described, epoch, step, sums, rng, history, model, optimizer = (state[n] for n in names)
-    except (KeyError, TypeError, ConfigError) as error:
+    stored, state = stored_config(path)
+    names = (
+        "data", "epoch", "step", "sums", "rng", "history", "loader", "model", "optimizer", "scaler",
+    )  # fmt: skip
+    if missing := [name for name in names if name not in state]:
         raise ResumeError(
-            f"{path}: was not written by gpugrad train, or by another version of it ({error})"
-        ) from error
+            f"{path}: holds no whole run, {', '.join(missing)} of it are not there; go on from "
+            f"{CHECKPOINT}"
+        )
     differences = [
         f"{option(name)}: {getattr(stored, name)} in the checkpoint, {value} now"
         for name, value in given.items()
         if name not in CHANGEABLE and value != getattr(stored, name)
     ]
-    changed = {name: value for name, value in given.items() if name in CHANGEABLE}
-    run = Run(replace(stored, **changed), data, device, folder or path.parent)
+    described = state["data"]
     differences += [
         f"{name} of the data: {described.get(name)} in the checkpoint, {value} now"
-        for name, value in run.described_data().items()
+        for name, value in task.described().items()
         if described.get(name) != value
     ]
     if differences:
         raise ResumeError(
             "\n  ".join((f"{path} is of another run:", *differences)), tuple(differences)
         )
-    if epoch >= run.config.epochs:
+    changed = {name: value for name, value in given.items() if name in CHANGEABLE}
+    run = Run(replace(stored, **changed), task, device, folder or path.parent)
+    run.epoch, run.history = state["epoch"], list(state["history"])
+    if run.finished:
         raise ResumeError(
-            f"{path}: all its epochs, {epoch}, are done; ask for more with --epochs {epoch + 10}"
+            f"{path}: its test loss has not fallen for {run.config.patience} epochs; give it more "
+            f"with --patience {run.config.patience + 10}"
+            if run.stalled
+            else f"{path}: all its epochs, {run.epoch}, are done; ask for more with --epochs "
+            f"{run.epoch + 10}"
         )
-    run.net.load_state_dict(model)
-    run.optimizer.load_state_dict(optimizer)
+    run.net.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.loader.load_state_dict(state["loader"])
     for group in run.optimizer.param_groups:
         group.update({k: v for k, v in changed.items() if k in group and k != "lr"})
-    run.epoch, run.step, run.sums, run.history = epoch, step, _Sums(sums), list(history)
-    default_generator.state = tuple(rng)
+    run.step, run.sums = state["step"], _Sums(state["sums"])
+    default_generator.state = tuple(state["rng"])
     _make_folder(run.folder)
+    return run
+
+
+def load_run(path: Path, device: str, data: str | None = None, data_dir: Path | None = None) -> Run:
+    """The net of a run, to be looked at: of its best epoch if `path` is its folder."""
+    file = path
+    if path.is_dir():
+        file = path / BEST if (path / BEST).exists() else path / CHECKPOINT
+    config, state = stored_config(file)
+    if data is not None:
+        config = replace(config, data=data)
+    run = Run(config, task_of(config, data_dir), device, path)
+    run.net.load_state_dict(state["model"])
+    run.epoch = state["epoch"]
     return run
 
 
@@ -411,24 +504,7 @@ def _make_folder(folder: Path) -> None:
         raise RunError(f"{folder}: cannot make this folder: {error.strerror or error}") from error
 
 
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many rows have their greatest score at the right class."""
-    hits: Tensor = gg.sum(gg.equal(gg.argmax(logits, axis=1), labels))
-    return hits
-
-
 def _read_together(values: Any) -> np.ndarray[Any, Any]:
     """The values of many 0-d tensors, in one copy to the host."""
     together: Tensor = gg.stack(list(values))
     return together.numpy().astype(np.float64)
-
-
-def _on_host(state: Any) -> Any:
-    """Nested state with its tensors as NumPy arrays and its keys as strings."""
-    if isinstance(state, Tensor):
-        return state.detach().cpu().numpy()
-    if isinstance(state, Mapping):
-        return {str(key): _on_host(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_on_host(value) for value in state)
-    return state

@@ -301,7 +301,9 @@ class _Look:
         wanted = {_operand_name(node, i) for i, _ in node.parents()}
         found, arrays = [], []
         for key, value in node.saved().items():
-            listed = made.variadic and key == made.operands[0]
+            listed = (made.variadic and key == made.operands[0]) or (
+                key == "y" and made.outputs != 1
+            )
             for i, x in enumerate(value) if listed else ((0, value),):
                 name = f"{key}[{i}]" if listed else key
                 constant = name not in wanted and key in made.operands and x is not None

@@ -25,18 +25,69 @@ from gpugrad.nn.activations import (
     Softsign,
     Tanh,
 )
+from gpugrad.nn.attention import MultiheadAttention
 from gpugrad.nn.containers import ModuleList, Sequential
+from gpugrad.nn.convolution import Conv1d, Conv2d
 from gpugrad.nn.errors import ModuleError, StateDictError
 from gpugrad.nn.layers import Dropout, Embedding, Flatten, Identity, Linear
-from gpugrad.nn.losses import CrossEntropyLoss, MSELoss
+from gpugrad.nn.losses import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CosineEmbeddingLoss,
+    CosineSimilarity,
+    CrossEntropyLoss,
+    GaussianNLLLoss,
+    HuberLoss,
+    KLDivLoss,
+    L1Loss,
+    MSELoss,
+    NLLLoss,
+    SmoothL1Loss,
+)
 from gpugrad.nn.module import IncompatibleKeys, Module
 from gpugrad.nn.normalization import BatchNorm1d, BatchNorm2d, GroupNorm, LayerNorm, RMSNorm
+from gpugrad.nn.pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AvgPool1d,
+    AvgPool2d,
+    MaxPool1d,
+    MaxPool2d,
+)
 from gpugrad.nn.random import Generator, default_generator, manual_seed
+from gpugrad.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from gpugrad.nn.summary import Summary, summary
+from gpugrad.nn.transformer import (
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
+    "SmoothL1Loss",
+    "NLLLoss",
+    "L1Loss",
+    "KLDivLoss",
+    "HuberLoss",
+    "GaussianNLLLoss",
+    "CosineSimilarity",
+    "CosineEmbeddingLoss",
+    "BCEWithLogitsLoss",
+    "BCELoss",
+    "MaxPool2d",
+    "MaxPool1d",
+    "AvgPool2d",
+    "AvgPool1d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool1d",
+    "Conv2d",
+    "Conv1d",
     "CELU",
     "ELU",
     "GELU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "SELU",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -44,6 +95,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "Flatten",
+    "GRUCell",
     "Generator",
     "GroupNorm",
     "Hardsigmoid",
@@ -51,6 +103,7 @@ __all__ = [
     "Hardtanh",
     "Identity",
     "IncompatibleKeys",
+    "LSTMCell",
     "LayerNorm",
     "LeakyReLU",
     "Linear",
@@ -61,8 +114,10 @@ __all__ = [
     "Module",
     "ModuleError",
     "ModuleList",
+    "MultiheadAttention",
     "Parameter",
     "RMSNorm",
+    "RNNCell",
     "ReLU",
     "ReLU6",
     "Sequential",
@@ -72,10 +127,15 @@ __all__ = [
     "Softplus",
     "Softsign",
     "StateDictError",
+    "Summary",
     "Tanh",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "default_generator",
     "functional",
     "init",
     "manual_seed",
+    "summary",
     "utils",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, overload
 
 from gpugrad.nn.activations import name_of
+from gpugrad.nn.convolution import Conv1d, Conv2d
 from gpugrad.nn.errors import ModuleError
 from gpugrad.nn.layers import Linear
 from gpugrad.nn.module import Module
@@ -14,7 +15,7 @@ from gpugrad.nn.module import Module
 __all__ = ["ModuleList", "Sequential"]
 
 #: Layers whose `forward` takes the name of an activation, to compute both in one operation.
-TAKES_ACTIVATION: set[type[Module]] = {Linear}
+TAKES_ACTIVATION: set[type[Module]] = {Conv1d, Conv2d, Linear}
 
 
 class _Ordered(Module):

@@ -15,43 +15,73 @@ from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.nn.module import write
 from gpugrad.nn.random import Generator, draws_from
 from gpugrad.ops import linalg, normalization
-from gpugrad.ops.losses import (
+from gpugrad.ops.convolution import conv1d, conv2d
+from gpugrad.ops.losses import cross_entropy, nll_loss
+from gpugrad.ops.pointwise_losses import (
+    binary_cross_entropy,
     binary_cross_entropy_with_logits,
-    cross_entropy,
+    cosine_embedding_loss,
+    cosine_similarity,
+    gaussian_nll_loss,
     huber_loss,
+    kl_div,
     l1_loss,
     mse_loss,
-    nll_loss,
     smooth_l1_loss,
 )
+from gpugrad.ops.pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    max_pool1d,
+    max_pool2d,
+)
+from gpugrad.ops.transposed import conv_transpose1d, conv_transpose2d
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
     "batch_norm",
+    "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "celu",
+    "conv1d",
+    "conv2d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "cosine_embedding_loss",
+    "cosine_similarity",
     "cross_entropy",
     "dropout",
     "elu",
     "embedding",
     "flatten",
+    "gaussian_nll_loss",
     "gelu",
     "group_norm",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
     "huber_loss",
+    "kl_div",
     "l1_loss",
     "layer_norm",
     "leaky_relu",
     "linear",
     "log_softmax",
     "logsigmoid",
+    "max_pool1d",
+    "max_pool2d",
     "mish",
     "mse_loss",
     "nll_loss",
     "relu",
     "relu6",
     "rms_norm",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "silu",
@@ -320,6 +350,38 @@ def _take_over(running: Tensor | None, new: Tensor, share: float | Tensor) -> No
             )
         new = new.to(dtype=running.dtype)
         write(running, running + share * (new - running))
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    generator: Generator | None = None,
+) -> Tensor:
+    """softmax(query·keyᵀ·scale + attn_mask)·value, in memory that is linear in the length.
+
+    :func:`gpugrad.scaled_dot_product_attention`, its dropout drawn from a generator.
+
+    >>> import gpugrad as gg
+    >>> x = gg.ones((2, 4, 5, 8))
+    >>> scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    (2, 4, 5, 8)
+    """
+    check_probability(dropout_p)
+    seed, offset = draws_from(generator).stream() if dropout_p else (0, 0)
+    return ops.scaled_dot_product_attention(  # type: ignore[no-any-return]
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        seed=seed, offset=offset,
+    )  # fmt: skip
 
 
 # -- shape and noise -----------------------------------------------------------------------------

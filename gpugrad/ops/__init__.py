@@ -7,6 +7,7 @@ import typing
 
 from gpugrad.ops.activations import *
 from gpugrad.ops.arithmetic import *
+from gpugrad.ops.attention import *
 from gpugrad.ops.comparison import *
 from gpugrad.ops.contraction import *
 from gpugrad.ops.creation import *
@@ -21,8 +22,10 @@ from gpugrad.ops.losses import *
 from gpugrad.ops.manipulation import *
 from gpugrad.ops.methods import attach
 from gpugrad.ops.normalization import *
+from gpugrad.ops.pointwise_losses import *
 from gpugrad.ops.precision import *
 from gpugrad.ops.random import *
+from gpugrad.ops.recurrent import *
 from gpugrad.ops.reductions import *
 from gpugrad.ops.trigonometric import *
 

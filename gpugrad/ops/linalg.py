@@ -13,7 +13,7 @@ import numpy as np
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
 from gpugrad.core.conversion import asarray
-from gpugrad.core.primitive import PASS, composite, differentiable, primitive, sample
+from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import ShapeError
 from gpugrad.ops.fused import ACTIVATIONS, activation_named, reference
@@ -33,7 +33,7 @@ def _rows(m: Any, x: Array) -> Array:
     return x if len(shape) == 2 else m.reshape(x, (math.prod(shape[:-1]), shape[-1]))
 
 
-def _product(m: Any, a: Array, b: Array) -> Array:
+def product_of(m: Any, a: Array, b: Array) -> Array:
     """``a @ b``, where a stack of matrices meets a single one as one product of all its rows."""
     if a.ndim > 2 and b.ndim == 2:
         return m.reshape(m.matmul(_rows(m, a), b), (*a.shape[:-1], b.shape[-1]))
@@ -49,7 +49,7 @@ def _matmul_left(g: Array, m: Backend, b: Array, a_shape: tuple[int, ...]) -> Ar
     if len(a_shape) == 2 < b.ndim:  # one product in place of a stack of them that is summed
         stack = (*range(b.ndim - 2), b.ndim - 1)
         return m.tensordot(g, b, axes=(stack, stack))
-    return _product(m, g, m.matrix_transpose(b))
+    return product_of(m, g, m.matrix_transpose(b))
 
 
 def _matmul_right(g: Array, m: Backend, a: Array, b_shape: tuple[int, ...]) -> Array:
@@ -93,7 +93,7 @@ def matmul(m: Backend, a: Array, b: Array, /) -> Array:
     tensor([3., 7.])
     """
     try:
-        return _product(m, a, b)
+        return product_of(m, a, b)
     except Exception:
         _explain_matmul(a, b)
         raise
@@ -138,18 +138,28 @@ def matmul_into(m: Backend, a: Array, b: Array, out: Array) -> Array:
     return out
 
 
-def _linear_weight(m: Any, g: Any, x: Any, weight_home: Any) -> Any:
+def weight_gradient(m: Any, g: Any, x: Any, weight_home: Any) -> Any:
     left, right = m.matrix_transpose(_rows(m, g)), _rows(m, x)
     if weight_home is None:
         return m.matmul(left, right)
     return matmul_into(m, left, right, weight_home)
 
 
+@fusible
+def sum_over_rows(m: Any, g: Any, shape: tuple[int, ...], home: Any = None) -> Any:
+    """The sum over all axes but the last, into `home` if that is given."""
+    total = m.sum_to(g, shape)
+    if home is None or m is differentiable:
+        return total
+    m.setitem(home, ..., total)
+    return home
+
+
 @primitive(
     vjps=(
-        lambda g, m, weight: _product(m, g, weight),
-        _linear_weight,
-        PASS,
+        lambda g, m, weight: product_of(m, g, weight),
+        weight_gradient,
+        lambda g, m, bias_home: sum_over_rows(m, g, g.shape[-1:], bias_home),
     ),
     jvps=(
         lambda t, m, weight: m.matmul(t, m.matrix_transpose(weight)),
@@ -199,7 +209,7 @@ def linear(m: Backend, x: Array, weight: Array, bias: Array | None = None, /) ->
 def _linear_product(m: Backend, x: Array, weight: Array) -> Array:
     if weight.ndim != 2 or not x.ndim or x.shape[-1] != weight.shape[1]:
         _explain_linear(x, weight)
-    return _product(m, x, weight.mT)
+    return product_of(m, x, weight.mT)
 
 
 def _check_linear_bias(weight: Array, bias: Array) -> None:
@@ -221,9 +231,9 @@ def linear_activation_backward(
         kept = linear(x, weight, bias)
         kept = chosen.forward(m, kept) if chosen.from_result else kept
     gz = chosen.partial(m, g, kept)
-    gx = _product(m, gz, weight) if needs[0] else None
-    gw = _linear_weight(m, gz, x, weight_home) if needs[1] else None
-    return gx, gw, m.sum_to(gz, bias.shape) if needs[2] else None
+    gx = product_of(m, gz, weight) if needs[0] else None
+    gw = weight_gradient(m, gz, x, weight_home) if needs[1] else None
+    return gx, gw, sum_over_rows(m, gz, bias.shape, bias_home) if needs[2] else None
 
 
 @primitive(

@@ -43,12 +43,41 @@ SLOTS = slots(
             ),
         ),
         "reduce": (1 << 12, ("sum_of_squares", "max_abs", "nonfinite_count", "scaled")),
-        "linear": (1 << 11, ("linear_activation", "linear_activation_backward")),
+        "attention": (
+            1 << 10,
+            (
+                "attention",
+                "attention_backward",
+                "packed_attention",
+                "packed_attention_backward",
+            ),
+        ),
+        "recurrent": (
+            1 << 10,
+            (
+                "rnn_layer",
+                "lstm_layer",
+                "gru_layer",
+                "rnn_backward",
+                "lstm_backward",
+                "gru_backward",
+                "summed_products",
+            ),
+        ),
+        "convolution": (1 << 10, ("convolution", "convolution_backward")),
+        "linear": (
+            1 << 11,
+            ("linear", "linear_activation", "linear_activation_backward", "sum_over_rows"),
+        ),
         "products": (1 << 14, ("matmul", "matmul_into")),
         "optimizer": (1 << 14, ("flat_norm", "flat_update")),
         "softmax": (
             1 << 14,
             ("softmax", "softmax_backward", "log_softmax", "log_softmax_backward"),
+        ),
+        "pooling": (
+            1 << 12,
+            ("max_pool", "max_pool_backward", "window_mean", "window_mean_backward"),
         ),
         "cross_entropy": (1 << 14, ("class_cross_entropy", "class_cross_entropy_backward")),
     },

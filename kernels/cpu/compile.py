@@ -61,6 +61,7 @@ class _Cpu:
                 f"{function.__name__}: this processor cannot convert float16 (no F16C); "
                 "compute in float32"
             )
+        pool.start()  # a serial loop may call BLAS, whose threads are not to change between calls
         options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
         if role == "device":
             # LLVM's own judgement stops at some size, and a loop with a call in it is scalar.

@@ -94,6 +94,10 @@ def flat(x: Array) -> Array:
 def launch(made: Formula, arrays: tuple[Array, ...], numbers: list[float]) -> Array:
     """Run a formula over arrays of one shape and dtype."""
     first = arrays[0]
+    if first.ndim == 4 and not first.flags.c_contiguous:
+        turned = tuple(x.transpose(0, 2, 3, 1) for x in arrays)
+        if all(x.flags.c_contiguous for x in turned):  # channels last, as convolutions leave them
+            return launch(made, turned, numbers).transpose(0, 3, 1, 2)
     out = empty(first.shape, first.dtype)
     storage = numpy_storage(first.dtype)
     kind = np.float64 if storage == "float64" else np.float32

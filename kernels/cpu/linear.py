@@ -46,6 +46,12 @@ def _in_place(z, bias, y):
 
 
 @serial
+def _add_bias(z, bias, y):
+    for j in range(z.size):
+        write(z, j, read(z, j) + read(bias, j))
+
+
+@serial
 def _beside(z, bias, y):
     for j in range(z.size):
         s = read(z, j) + read(bias, j)
@@ -125,6 +131,28 @@ def _backward_large(g, kept, gz, parts, totals):
         _backward_rows(g, kept, gz, parts[chunk], totals[chunk], a, b)
 
 
+@serial
+def _sum_rows(g, part, total, a, b):
+    for first in range(a, b, STRETCH):
+        for i in range(first, min(first + STRETCH, b)):
+            _add_row(part, g[i])
+        _add(total, part)
+
+
+@serial
+def _add_row(part, row):
+    for j in range(row.size):
+        part[j] += read(row, j)
+
+
+@parallel
+def _sum_chunks(g, parts, totals):
+    rows, chunks = g.shape[0], totals.shape[0]
+    for chunk in prange(chunks):
+        a, b = chunk * rows // chunks, (chunk + 1) * rows // chunks
+        _sum_rows(g, parts[chunk], totals[chunk], a, b)
+
+
 class _Loops(NamedTuple):
     """What an activation needs."""
 
@@ -152,11 +180,44 @@ def _loops(activation: str) -> _Loops:
     )
 
 
+_with_bias = _forward_rows.bind(forward_row=_add_bias)
+_linear_small = _forward_small.bind(_forward_rows=_with_bias)
+_linear_large = _forward_large.bind(_forward_rows=_with_bias)
+
+
 # -- what the backend calls ------------------------------------------------------------------------
 
 
 def _is_small(rows: int, weight: Array) -> bool:
     return rows * weight.size < 2 * GRAIN
+
+
+def linear(m: Backend, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """A layer without an activation."""
+    features, inputs = weight.shape
+    flat = x if x.ndim == 2 else x.reshape(-1, inputs)
+    z = empty((flat.shape[0], features), x.dtype)
+    if bias is None:
+        products.matmul(flat, weight.T, z)
+    elif _is_small(flat.shape[0], weight):
+        small = _linear_small[numpy_storage(x.dtype)]
+        small(in_a_row(flat), in_a_row(weight), in_a_row(bias), z, z)
+    else:
+        products.matmul(flat, weight.T, z)
+        _linear_large[numpy_storage(x.dtype)](z, in_a_row(bias), z)
+    return z if x.ndim == 2 else z.reshape((*x.shape[:-1], features))
+
+
+def sum_over_rows(m: Backend, g: Array, shape: tuple[int, ...], home: Array | None = None) -> Array:
+    """The sum over all axes but the last."""
+    rows = in_a_row(g).reshape(-1, shape[0])
+    out = np.empty(shape, g.dtype) if home is None else home
+    chunks = max(1, min(CHUNKS, rows.shape[0]))
+    totals = np.zeros((chunks, *shape))
+    parts = np.zeros((chunks, *shape), g.dtype)
+    _sum_chunks[numpy_storage(g.dtype)](rows, parts, totals)
+    out[...] = totals.sum(axis=0)
+    return out
 
 
 def linear_activation(
@@ -234,6 +295,21 @@ def _refuse(m: Backend, x: Any, weight: Any, bias: Any, activation: str = "relu"
     return None
 
 
+def _refuse_linear(m: Backend, x: Any, weight: Any, bias: Any = None) -> str | None:
+    if bias is None and isinstance(weight, np.ndarray) and weight.ndim:
+        bias = weight[:, 0] if weight.ndim == 2 and weight.shape[1] else np.empty(
+            weight.shape[0], weight.dtype)  # fmt: skip
+    return _refuse(m, x, weight, bias)
+
+
+def _refuse_sum(m: Backend, g: Any, shape: tuple[int, ...], home: Any = None) -> str | None:
+    if not isinstance(g, np.ndarray) or g.dtype not in _TAKEN:
+        return "no array of a dtype that there are kernels for"
+    if len(shape) != 1 or g.shape[-1:] != shape or not shape[0]:
+        return f"elements of shape {g.shape}, not rows of shape {shape}"
+    return None
+
+
 def _refuse_backward(
     m: Backend, g: Any, x: Any, weight: Any, bias: Any, kept: Any, activation: str, *_: Any
 ) -> str | None:
@@ -245,6 +321,8 @@ def _refuse_backward(
 _TAKEN = {np.dtype("float32"), np.dtype("float64")}
 
 KERNELS = {
+    "linear": Kernel(linear, LABEL, _refuse_linear),
+    "sum_over_rows": Kernel(sum_over_rows, LABEL, _refuse_sum),
     "linear_activation": Kernel(linear_activation, LABEL, _refuse),
     "linear_activation_backward": Kernel(linear_activation_backward, LABEL, _refuse_backward),
 }

@@ -125,12 +125,20 @@ def matmul(
         elif out.shape == (left[0], right[1]) and out.dtype == a.dtype and out.flags.writeable:
             made = out
         if made is not None:
+            beta = 1.0 if accumulate else 0.0
             if left[0] * left[1] * right[1] >= 2 * GRAIN:
-                if _written(compiled, a, b, made, (), accumulate, None):
+                threads = pool.get_num_threads()
+                run = compiled.many if threads > 1 else compiled.alone
+                if not run(_stack(a), _stack(b), _stack(made), beta, _NO_SUMS, threads):
                     return made
-            elif not compiled.one(a, b, made, 1.0 if accumulate else 0.0):
+            elif not compiled.one(a, b, made, beta):
                 return made
     return _general(compiled, a, b, out, accumulate, sumsq)
+
+
+def _stack(x: Array) -> Array:
+    """A matrix as a batch of one."""
+    return x[None, None]
 
 
 def sumsq_size(shape: tuple[int, ...]) -> int:

@@ -277,14 +277,13 @@ def test_parts_say_why_they_do_not_run(options):
             part(Collected(), options)
 
 
-def test_main_job_part_works_without_safetensors(options, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name: None if name == "safetensors" else find(name))  # fmt: skip
+def test_every_model_is_trained_in_the_main_job(options):
     notes = Collected()
     gpu_parts.main_job(notes, options)
-    assert "without checkpoints" in notes.results["note"]
     assert len(notes.results["device"]["loss"]) == 2
+    for model in gpu_parts.JOBS:
+        name = "" if model == "mlp" else f"{model}, "
+        assert notes.results[f"{name}device"]["loss"] == notes.results[f"{name}reference"]["loss"]
     assert notes.results["curve_difference"] == 0
 
 
@@ -397,10 +396,10 @@ def test_dry_run(tmp_path):
     assert "verdict" in ended.stdout
 
 
-def test_the_limits_leave_room_in_three_minutes():
+def test_the_limits_leave_room_in_eight_minutes():
     parts = gpu_check.plan(4)
     by_group: dict[int, float] = {}
     for p in parts:
         by_group[p.group] = max(by_group.get(p.group, 0), p.seconds)
-    assert sum(by_group.values()) <= gpu_check.TOTAL_SECONDS <= 175
+    assert sum(by_group.values()) <= gpu_check.TOTAL_SECONDS <= 480
     assert gpu_tests.MARK == "gpu"

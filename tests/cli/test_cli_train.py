@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 
 from gpugrad import io
-from gpugrad.cli import main, threads
+from gpugrad.cli import main
 from gpugrad.cli.config import ACTIVATIONS, Config, ConfigError, make_config
-from gpugrad.cli.training import CHECKPOINT, METRICS, DivergedError, ResumeError, Run, resume, start
+from gpugrad.cli.tasks import Classes, task_of
+from gpugrad.cli.training import (
+    BEST,
+    CHECKPOINT,
+    METRICS,
+    DivergedError,
+    ResumeError,
+    Run,
+    load_run,
+    resume,
+    start,
+)
 from gpugrad.data import load
 from tests.backend.counting import counting
 
@@ -36,6 +47,10 @@ class Silent:
         self.rows.append(row)
 
 
+def digits():
+    return Classes(load("digits"))
+
+
 def spawn(*args, cwd, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -52,7 +67,7 @@ def command(*args, cwd, **options):
 
 def small(folder, epochs=2, **options):
     return start(
-        Config("digits", width=16, depth=1, epochs=epochs, **options), load("digits"), "cpu", folder
+        Config("digits", width=16, depth=1, epochs=epochs, **options), digits(), "cpu", folder
     )
 
 
@@ -88,7 +103,7 @@ def test_a_run_in_full(tmp_path, monkeypatch, capsys) -> None:
     state = io.unpack(*io.load(folder / CHECKPOINT))
     assert state["epoch"] == 2
     assert state["history"] == rows
-    assert list(state["model"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert list(state["model"]) == ["1.weight", "1.bias", "3.weight", "3.bias"]
     assert main(["train", "digits", *SMALL, "--epochs", "1"]) == 0
     assert (tmp_path / "runs" / "digits-2" / CHECKPOINT).exists()
     assert "on the CPU: " in capsys.readouterr().out or "cuda" in said.out
@@ -99,7 +114,7 @@ def test_every_activation_trains(activation, tmp_path) -> None:
     watch = Silent()
     run = start(
         Config("digits", width=32, depth=2, epochs=3, activation=activation),
-        load("digits"), "cpu", tmp_path / "run",
+        digits(), "cpu", tmp_path / "run",
     )  # fmt: skip
     assert run.train(watch)
     assert watch.rows[-1]["loss"] < watch.rows[0]["loss"]
@@ -114,12 +129,23 @@ def test_every_activation_trains(activation, tmp_path) -> None:
         {"depth": 0},
         {"batch_size": 5000},
         {"label_smoothing": 0.0, "lr_decay": 1.0},
+        {"optimizer": "adam"},
+        {"optimizer": "rmsprop", "lr": 1e-3, "momentum": 0.0},
+        {"optimizer": "adagrad", "lr": 0.05},
+        {"optimizer": "lion", "lr": 3e-4},
+        {"schedule": "cosine", "warmup": 5},
+        {"schedule": "linear", "accumulate": 3},
+        {"autocast": "bfloat16"},
+        {"autocast": "float16", "nonfinite": "skip"},
+        {"model": "cnn", "width": 4, "norm": True, "augment": True},
+        {"model": "resnet", "width": 4, "depth": 8, "lr": 5e-3, "recompute": True},
     ],
+    ids=str,
 )
 def test_options_train(options, tmp_path) -> None:
     watch = Silent()
     config = Config("digits", **{"width": 16, "depth": 1, "epochs": 4, **options})
-    run = start(config, load("digits"), "cpu", tmp_path / "run")
+    run = start(config, digits(), "cpu", tmp_path / "run")
     assert run.train(watch)
     assert watch.rows[-1]["loss"] < watch.rows[0]["loss"]
     assert all(p.dtype == config.dtype for p in run.net.parameters())
@@ -129,11 +155,11 @@ def test_rows_agree_with_a_count_by_hand(tmp_path) -> None:
     watch = Silent()
     run = small(tmp_path / "run", 1)
     run.train(watch)
-    x = run.test_x
-    for layer in ("0", "2"):
+    x = load("digits").test_x.reshape(-1, 64)
+    for layer in ("1", "3"):
         state = run.net.state_dict()
         x = x @ state[f"{layer}.weight"].numpy().T + state[f"{layer}.bias"].numpy()
-        x = np.maximum(x, 0) if layer == "0" else x
+        x = np.maximum(x, 0) if layer == "1" else x
     accuracy = np.mean(x.argmax(1) == load("digits").test_y)
     assert watch.rows[0]["test_accuracy"] == pytest.approx(accuracy, abs=1e-12)
     last = watch.readings[-1]
@@ -141,20 +167,35 @@ def test_rows_agree_with_a_count_by_hand(tmp_path) -> None:
     assert watch.rows[0]["train_accuracy"] == pytest.approx(last.accuracy, abs=1e-12)
 
 
-def test_a_step_reads_nothing_from_the_device(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "mlp", "width": 8, "depth": 1, "norm": True, "dropout": 0.1},
+        {"model": "cnn", "width": 4, "augment": True},
+        {"model": "resnet", "width": 4, "depth": 8, "recompute": True, "accumulate": 2},
+        *(
+            {"data": "text", "model": model, "width": 8, "depth": 1, "limit": 0.02, "context": 8}
+            for model in ("rnn", "lstm", "gru")
+        ),
+        {"data": "text", "width": 8, "depth": 1, "heads": 2, "limit": 0.02, "context": 8},
+    ],
+    ids=lambda o: o.get("model", "gpt"),
+)
+def test_a_step_reads_nothing_from_the_device(options, tmp_path) -> None:
+    options = {"data": "digits", "batch_size": 16, **options}
+    config = make_config(options.pop("data"), options)
     with counting() as counts:
-        run = start(
-            Config("digits", width=8, depth=1), load("digits"), "counting", tmp_path / "run"
-        )
+        run = start(config, task_of(config, None), "counting", tmp_path / "run")
+        batches = iter(run.loader)
+        run._train_step(batches)
         counts.clear()
-        data = load("digits")
-        for i in range(5):
-            rows = slice(i * 10, i * 10 + 10)
-            run._train_step(run.train_x[rows], data.train_y[rows])
+        for _ in range(2):
+            run.step += 1
+            run._train_step(batches)
         assert counts.host_reads == 0
-        run.step = 5
         run._read(1.0)
         assert counts.host_reads == 3  # losses, hits and norms, each in one copy
+        batches.close()
 
 
 # -- going on ------------------------------------------------------------------------------------
@@ -178,8 +219,31 @@ def test_a_run_stopped_at_any_step_goes_on_exactly(steps, tmp_path) -> None:
     assert straight.train(Silent())
     run = small(tmp_path / "run")
     assert not run.train(Silent(), lambda: run.epoch * 23 + run.step >= steps)
-    again = resume(tmp_path / "run", load("digits"), "cpu", {})
+    again = resume(tmp_path / "run", digits(), "cpu", {})
     assert (again.epoch, again.step) == divmod(steps, 23)
+    assert again.train(Silent())
+    assert tensors(tmp_path / "straight") == tensors(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ("digits", {"model": "cnn", "width": 4, "augment": True, "accumulate": 3}),
+        ("text", {"model": "lstm", "width": 8, "context": 16, "dropout": 0.2, "limit": 0.05}),
+        ("text", {"width": 8, "depth": 1, "heads": 2, "context": 16, "limit": 0.05,
+                  "autocast": "float16", "recompute": True}),
+    ],
+    ids=["cnn", "lstm", "gpt"],
+)  # fmt: skip
+def test_every_kind_of_run_goes_on_exactly(data, options, tmp_path) -> None:
+    config = make_config(data, {**options, "epochs": 2, "schedule": "cosine", "warmup": 3})
+    task = task_of(config, None)
+    straight = start(config, task, "cpu", tmp_path / "straight")
+    assert straight.train(Silent())
+    run = start(config, task, "cpu", tmp_path / "run")
+    assert not run.train(Silent(), lambda: run.epoch * run.steps + run.step >= 1.4 * run.steps)
+    assert 0 < run.step < run.steps
+    again = resume(tmp_path / "run", task, "cpu", {})
     assert again.train(Silent())
     assert tensors(tmp_path / "straight") == tensors(tmp_path / "run")
 
@@ -189,7 +253,7 @@ def test_metrics_of_a_broken_run_are_repaired(tmp_path) -> None:
     run.train(Silent())
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"epoch": 2, "lo')
-    resume(tmp_path, load("digits"), "cpu", {"epochs": 2}).train(Silent())
+    resume(tmp_path, digits(), "cpu", {"epochs": 2}).train(Silent())
     rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
 
@@ -198,9 +262,7 @@ def test_resume_elsewhere_leaves_the_source_alone(tmp_path) -> None:
     small(tmp_path / "a", 1).train(Silent())
     before = (tmp_path / "a" / CHECKPOINT).read_bytes()
     path = tmp_path / "a" / CHECKPOINT
-    run = resume(
-        path, load("digits"), "cpu", {"epochs": 2, "lr": 0.5, "lr_decay": 0.5}, tmp_path / "b"
-    )
+    run = resume(path, digits(), "cpu", {"epochs": 2, "lr": 0.5, "lr_decay": 0.5}, tmp_path / "b")
     run.train(Silent())
     assert run.optimizer.param_groups[0]["lr"] == 0.25
     assert path.read_bytes() == before
@@ -211,14 +273,13 @@ def test_resume_refuses_another_run_and_says_what_differs(tmp_path, capsys) -> N
     small(tmp_path, 1).train(Silent())
     given = {"width": 32, "activation": "tanh", "epochs": 5, "seed": 0}
     with pytest.raises(ResumeError) as caught:
-        resume(tmp_path, load("digits"), "cpu", given)
+        resume(tmp_path, digits(), "cpu", given)
     assert caught.value.differences == (
         "--width: 16 in the checkpoint, 32 now",
         "--activation: relu in the checkpoint, tanh now",
     )
     other = tmp_path / "other.npz"
-    digits = load("digits")
-    np.savez(other, x=digits.train_x, y=digits.train_y)
+    np.savez(other, x=load("digits").train_x, y=load("digits").train_y)
     code = main(["train", str(other), "--resume", str(tmp_path), "--epochs", "3", "--width", "8"])
     said = capsys.readouterr().err
     assert code == 1
@@ -231,12 +292,12 @@ def test_resume_refuses_another_run_and_says_what_differs(tmp_path, capsys) -> N
 def test_resume_refuses_what_is_finished_or_foreign(tmp_path) -> None:
     small(tmp_path, 1).train(Silent())
     with pytest.raises(ResumeError, match=r"all its epochs, 1, are done.*--epochs"):
-        resume(tmp_path, load("digits"), "cpu", {})
+        resume(tmp_path, digits(), "cpu", {})
     with pytest.raises(io.CheckpointNotFoundError):
-        resume(tmp_path / "nowhere", load("digits"), "cpu", {})
+        resume(tmp_path / "nowhere", digits(), "cpu", {})
     io.save(tmp_path / "foreign.safetensors", *io.pack({"model": {"w": np.zeros(2)}}))
     with pytest.raises(ResumeError, match="not written by gpugrad train"):
-        resume(tmp_path / "foreign.safetensors", load("digits"), "cpu", {})
+        resume(tmp_path / "foreign.safetensors", digits(), "cpu", {})
 
 
 def test_a_folder_with_a_run_is_not_written_over(tmp_path, capsys) -> None:
@@ -248,14 +309,101 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path, capsys) -> None:
 
 
 def test_the_data_are_told_by_content(tmp_path) -> None:
-    digits = load("digits")
     for name in ("a.npz", "b.npz"):
-        np.savez(tmp_path / name, x=digits.train_x, y=digits.train_y)
+        np.savez(tmp_path / name, x=load("digits").train_x, y=load("digits").train_y)
     config = Config("a.npz", width=8, depth=1, epochs=1)
-    start(config, load(tmp_path / "a.npz"), "cpu", tmp_path / "run").train(Silent())
+    start(config, Classes(load(tmp_path / "a.npz")), "cpu", tmp_path / "run").train(Silent())
     given = {"data": "b.npz", "epochs": 2}
-    run = resume(tmp_path / "run", load(tmp_path / "b.npz"), "cpu", given)
+    run = resume(tmp_path / "run", Classes(load(tmp_path / "b.npz")), "cpu", given)
     assert run.config.data == "b.npz"
+
+
+# -- what else a run can do --------------------------------------------------------------------
+
+
+def test_a_run_that_gets_no_better_stops(tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    arguments = ["--epochs", "50", "--patience", "2", "--lr", "0.05", "--out", str(out)]
+    assert main(["train", "digits", *SMALL, *arguments]) == 0
+    assert "stopped: the test loss has not fallen for 2 epochs" in capsys.readouterr().out
+    losses = [json.loads(line)["test_loss"] for line in (out / METRICS).read_text().splitlines()]
+    assert len(losses) < 50
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert main(["train", "digits", "--resume", str(out)]) == 1
+    assert "has not fallen for 2 epochs; give it more with --patience 12" in (
+        capsys.readouterr().err
+    )
+    best = load_run(out, "cpu")
+    assert best.epoch == len(losses) - 2
+    assert best.test()[0] == pytest.approx(min(losses))
+
+
+def test_options_in_a_file(tmp_path, capsys) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('data = "digits"\n[train]\nwidth = 8\nbatch-size = 32\nlr = 1\ndepth = 1\n')
+    out = tmp_path / "run"
+    options = ["--config", str(file), "--epochs", "1", "--lr", "0.01", "--out", str(out)]
+    assert main(["train", *options]) == 0
+    config = io.unpack(*io.load(out / CHECKPOINT))["config"]
+    assert (config["width"], config["batch_size"], config["lr"]) == (8, 32, 0.01)
+    capsys.readouterr()
+    for text, said in (
+        ("width = 'x'", "width is 'x'; it must be of type int"),
+        ("breadth = 3", "there is no option breadth; the options are data, model,"),
+        ("width = ", "is no TOML"),
+        ("width = 0\ndata = 'digits'", "--width is 0; it must be at least 1"),
+        ("", "no data; name them, as in: gpugrad train digits"),
+    ):
+        file.write_text(text)
+        assert main(["train", "--config", str(file)]) == 1
+        assert said in capsys.readouterr().err
+    assert main(["train", "--config", str(tmp_path / "none.toml")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_evaluating_a_run(tmp_path, capsys) -> None:
+    run = small(tmp_path / "run", 2)
+    run.train(Silent())
+    best = min(run.history, key=lambda row: row["test_loss"])
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert f"loss {best['test_loss']:.4f}, accuracy {best['test_accuracy']:.2%}" in said
+    assert main(["eval", str(tmp_path / "run" / CHECKPOINT)]) == 0
+    assert f"loss {run.history[-1]['test_loss']:.4f}" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path)]) == 1
+    assert "no such checkpoint" in capsys.readouterr().err
+
+
+def test_writing_text(tmp_path, capsys) -> None:
+    (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 400)
+    out = tmp_path / "run"
+    options = ["--model", "gru", "--width", "32", "--context", "12", "--epochs", "6"]
+    options += ["--lr", "0.01", "--out", str(out)]
+    assert main(["train", str(tmp_path / "book.txt"), *options]) == 0
+    capsys.readouterr()
+    greedy = ["sample", str(out), "--prompt", "the c", "--length", "19", "--temperature", "0"]
+    assert main(greedy) == 0
+    assert capsys.readouterr().out == "the cat sat on the mat. \n"
+    drawn = ["sample", str(out), "--prompt", "the ", "--length", "30", "--seed", "3"]
+    assert main(drawn) == main(drawn) == 0
+    first, second, _ = capsys.readouterr().out.split("\n")
+    assert first == second
+    assert len(first) == 34
+    assert main(["sample", str(out), "--prompt", ""]) == 1
+    assert "an empty prompt" in capsys.readouterr().err
+    small(tmp_path / "digits", 1).train(Silent())
+    assert main(["sample", str(tmp_path / "digits")]) == 1
+    assert "mlp tells classes apart, and writes nothing" in capsys.readouterr().err
+
+
+def test_a_model_for_other_data(tmp_path, capsys) -> None:
+    assert main(["train", "digits", "--model", "gpt"]) == 1
+    assert "--model is 'gpt', which 'digits' is no data for; choose from mlp" in (
+        capsys.readouterr().err
+    )
+    np.savez(tmp_path / "flat.npz", x=np.random.default_rng(0).random((50, 4)), y=np.arange(50) % 2)
+    assert main(["train", str(tmp_path / "flat.npz"), "--model", "cnn"]) == 1
+    assert "examples of shape (4,), which are no pictures" in capsys.readouterr().err
 
 
 # -- interrupts ----------------------------------------------------------------------------------
@@ -302,7 +450,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path) -> None:
     assert "the previous checkpoint is intact" in err
     assert "Traceback" not in err
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [CHECKPOINT, METRICS]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [BEST, CHECKPOINT, METRICS]
 
 
 def test_nan_in_the_data(tmp_path, capsys) -> None:
@@ -399,30 +547,8 @@ def test_a_run_that_cannot_have_its_folder(tmp_path, capsys) -> None:
     assert "cannot make this folder" in capsys.readouterr().err
 
 
-def test_small_products_take_one_thread(monkeypatch) -> None:
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    functions = threads._openblas()
-    if functions is None:
-        pytest.skip("NumPy computes with another library than the OpenBLAS of its wheels")
-    get, put = functions
-    before = get()
-    try:
-        put(2)
-        with threads.serial_blas(1000):
-            assert get() == 1
-        assert get() == 2
-        with threads.serial_blas(threads.LARGE):
-            assert get() == 2
-        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
-        with threads.serial_blas(1000):
-            assert get() == 2
-    finally:
-        put(before)
-
-
 def test_the_result_does_not_depend_on_what_ran_before(tmp_path) -> None:
     small(tmp_path / "a", 1).train(Silent())
-    Run(Config("digits", seed=9), load("digits"), "cpu", tmp_path)
+    Run(Config("digits", seed=9), digits(), "cpu", tmp_path)
     small(tmp_path / "b", 1).train(Silent())
     assert tensors(tmp_path / "a") == tensors(tmp_path / "b")

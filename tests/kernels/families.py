@@ -27,6 +27,7 @@ from gpugrad.kernels.random import philox_block
 from gpugrad.kernels.template import SCALARS
 from gpugrad.ops import activations, losses, normalization
 from gpugrad.ops.fused import bias_activation_backward
+from gpugrad.ops.linalg import linear as plain_linear
 from gpugrad.ops.linalg import linear_activation
 from gpugrad.ops.updates import RULES
 from gpugrad.optim.flat import flat_norm, flat_update
@@ -85,6 +86,8 @@ def linear():
         for activation in ("tanh", "silu"):
             yield from derived(linear_activation, x, w, b, activation=activation)
         yield from derived(linear_activation, x, w, b, wanted=(2,), activation="tanh")
+        yield from derived(plain_linear, x, w, b)
+        yield from derived(plain_linear, x, w)
 
 
 STREAM = {"seed": 0x9E3779B97F4A7C15, "offset": (1 << 33) + 5}

@@ -19,7 +19,7 @@ LAYERS = (
     ("core",),
     ("ops",),
     ("nn", "clip"),
-    ("optim", "health"),
+    ("models", "optim", "health"),
     ("data", "io", "distributed"),
     ("cli",),
 )
@@ -28,6 +28,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Neighbours on one level do not know each other, but for these.
 NEIGHBOURS = {
     ("nn", "clip"),  # nn.utils carries PyTorch's names for clipping
+    ("data", "io"),  # tokens of a text are kept in files
 }
 
 # Tensor.__array_namespace__ hands out gpugrad itself, which it can only look up when asked.
@@ -38,6 +39,7 @@ KERNELS_MAY_IMPORT = (
     "gpugrad.kernels",
     "gpugrad.backend",
     "gpugrad.core.primitive",
+    "gpugrad.ops.cells",
     "gpugrad.ops.formulas",
     "gpugrad.ops.updates",
 )

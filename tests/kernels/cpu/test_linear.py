@@ -9,7 +9,7 @@ from gpugrad.kernels.cpu import linear as family
 from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.cpu.compile import CPU
 from gpugrad.ops.fused import ACTIVATIONS
-from gpugrad.ops.linalg import linear_activation
+from gpugrad.ops.linalg import linear, linear_activation
 from tests.kernels.cpu.assembly import assembly, packed
 from tests.kernels.parity import DTYPES, layouts, run, wide
 
@@ -144,6 +144,28 @@ def test_many_rows_are_added_up_in_double_precision():
     np.testing.assert_allclose(
         gb, rows * (1 - np.tanh(1.0) ** 2) * np.float64(np.float32(0.1)), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_without_an_activation(size, dtype):
+    x, w, b, g = operands(size, dtype)
+    near = 1e-5 if dtype == "float32" else 1e-12
+    for bias in ([b], []):
+        got = run("require", linear, x, w, *bias, g=g)
+        true = run("off", linear, *(wide(a) for a in (x, w, *bias)), g=wide(g))
+        for a, t in zip(got, true):
+            assert a.dtype == dtype
+            np.testing.assert_allclose(a, t, rtol=near, atol=10 * near * np.abs(t).max())
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 3, 4), (2, 0, 4)])
+def test_shapes_without_an_activation(shape):
+    _, w, b, _ = operands((1, 4, 3), "float64")
+    x = np.random.default_rng(0).standard_normal(shape)
+    for a, c in zip(run("require", linear, x, w, b), run("off", linear, x, w, b)):
+        assert a.shape == c.shape
+        np.testing.assert_allclose(a, c, rtol=1e-12, atol=1e-12)
 
 
 def test_refusals():

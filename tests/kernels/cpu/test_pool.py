@@ -60,7 +60,7 @@ def test_one_pool_by_default():
     assert found["threads"] == min(LIMIT, pool._quota() or LIMIT)
     assert found["blas_threads"] == 1
     assert found["blas"].startswith("OpenBLAS 0.")
-    assert set(found["reasons"]) == {"threads", "layer", "blas"}
+    assert set(found["reasons"]) == {"threads", "layer", "blas", "memory"}
 
 
 @pytest.mark.skipif(lacks("tbb") is not None, reason=f"{lacks('tbb')}")
