@@ -23,7 +23,8 @@ RESULTS = ROOT / "bench" / "results"
 
 #: Settings that tune a BLAS to somebody's taste: the measuring process runs without them.
 UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",
+           "GPUGRAD_THREADS")  # fmt: skip
 
 #: What a line of a contender in another process begins with, if it is for us.
 ANSWER = "@answer "
