@@ -79,6 +79,6 @@ SLOTS = slots(
             1 << 12,
             ("max_pool", "max_pool_backward", "window_mean", "window_mean_backward"),
         ),
-        "cross_entropy": (1 << 14, ("class_cross_entropy", "class_cross_entropy_backward")),
+        "cross_entropy": (1 << 9, ("class_cross_entropy", "class_cross_entropy_backward")),
     },
 )
