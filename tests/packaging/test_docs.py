@@ -4,6 +4,7 @@ In one page the ```python blocks run in order, in one namespace. A ```text block
 is what it prints. The ```sh blocks of README.md are run by .ci/run.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -73,3 +74,30 @@ def test_readme_has_its_two_commands() -> None:
     assert commands[0].endswith("gpugrad train digits")
     assert commands[1].endswith("python -m pytest")
     assert all("\n" not in command for command in commands[:2]), "one command each"
+
+
+#: The imports of the script for both libraries, ours and PyTorch's.
+IMPORTS = {
+    "import gpugrad as torch": "import torch",
+    "from gpugrad import nn, optim": "from torch import nn, optim",
+    "from gpugrad.data import DataLoader, TensorDataset": (
+        "from torch.utils.data import DataLoader, TensorDataset"
+    ),
+    "from gpugrad.nn import functional as F": "from torch.nn import functional as F",
+}
+
+
+@pytest.mark.torch
+def test_a_script_for_pytorch_differs_in_its_imports_only() -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    found = blocks(ROOT / "README.md")
+    at = next(i for i, (_, text) in enumerate(found) if "class Net(nn.Module)" in text)
+    lines = found[at][1].splitlines()
+    assert lines[: len(IMPORTS)] == list(IMPORTS)
+    theirs = "\n".join(IMPORTS.get(line, line) for line in lines)
+    run = subprocess.run(
+        [sys.executable, "-c", theirs], capture_output=True, text=True, cwd=ROOT, timeout=300,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == found[at + 1][1]
