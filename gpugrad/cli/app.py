@@ -19,6 +19,7 @@ from rich.console import Console
 
 import gpugrad
 from gpugrad.backend import backend_for_device
+from gpugrad.backend.threads import describe_threads
 from gpugrad.cli.config import Config, ConfigError, defaults_of, make_config, read_config
 from gpugrad.cli.display import Display, Logged, result_table
 from gpugrad.cli.tasks import task_of
@@ -111,6 +112,8 @@ def info(
     with _errors_told(traceback):
         for name, version in versions():
             out.print(f"{name:<16} {version}", soft_wrap=True)
+        for name, text in describe_threads().items():
+            out.print(f"{name:<16} {text}", soft_wrap=True)
         out.print(devices_table())
 
 

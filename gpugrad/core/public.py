@@ -8,6 +8,7 @@ from gpugrad.backend.precision import (
     get_float32_matmul_precision,
     set_float32_matmul_precision,
 )
+from gpugrad.backend.threads import get_num_threads, set_num_threads
 from gpugrad.core.autocast import autocast, is_autocast_enabled
 from gpugrad.core.checks import check_grads
 from gpugrad.core.conversion import asarray, from_dlpack, tensor
@@ -35,6 +36,7 @@ __all__ = [
     "from_dlpack",
     "fusible",
     "get_float32_matmul_precision",
+    "get_num_threads",
     "grad",
     "graph",
     "hessian",
@@ -53,6 +55,7 @@ __all__ = [
     "sample",
     "set_float32_matmul_precision",
     "set_grad_enabled",
+    "set_num_threads",
     "tensor",
     "use_kernels",
     "value_and_grad",

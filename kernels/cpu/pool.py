@@ -61,7 +61,7 @@ class Settings:
     blas, blas_threads:
         NumPy's BLAS, and the threads that one call of it uses (None if it cannot be told).
     reasons:
-        Why each of `threads`, `layer` and `blas` is what it is.
+        Why each of `threads`, `layer`, `blas` and `memory` is what it is.
     """
 
     threads: int
