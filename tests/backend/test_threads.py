@@ -20,5 +20,5 @@ def test_the_number_of_threads():
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, 10_000])
 def test_numbers_that_there_are_not(n):
-    with pytest.raises(ParameterError, match="set_num_threads: .* must be a whole number from 1"):
+    with pytest.raises(ParameterError, match=r"set_num_threads: .* must be a whole number from 1"):
         gg.set_num_threads(n)
