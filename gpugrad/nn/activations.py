@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gpugrad.core.tensor import Tensor
+import numpy as np
+
+from gpugrad.backend import as_dtype, backend_for_device
+from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.nn import functional as F
 from gpugrad.nn.module import Module
 
@@ -13,7 +16,8 @@ __all__ = [
     "CELU",
     "ELU",
     "GELU",
-    "SELU",
+    "GLU",
+    "Hardshrink",
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
@@ -21,14 +25,20 @@ __all__ = [
     "LogSigmoid",
     "LogSoftmax",
     "Mish",
+    "PReLU",
     "ReLU",
     "ReLU6",
+    "SELU",
     "SiLU",
     "Sigmoid",
     "Softmax",
+    "Softmin",
     "Softplus",
+    "Softshrink",
     "Softsign",
     "Tanh",
+    "Tanhshrink",
+    "Threshold",
 ]
 
 
@@ -242,6 +252,115 @@ class LogSoftmax(Module):
 
     def extra_repr(self) -> str:
         return _show(dim=self.dim)
+
+
+class Softmin(Module):
+    """Softmax of the negated input along `dim`, by default the last axis."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmin(input, self.dim)
+
+    def extra_repr(self) -> str:
+        return _show(dim=self.dim)
+
+
+class Threshold(Module):
+    """The input where it exceeds `threshold`, `value` elsewhere."""
+
+    def __init__(self, threshold: float, value: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.value = value
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.threshold(input, self.threshold, self.value)
+
+    def extra_repr(self) -> str:
+        return _show(threshold=self.threshold, value=self.value)
+
+
+class _Shrink(Module):
+    def __init__(self, lambd: float = 0.5) -> None:
+        super().__init__()
+        self.lambd = lambd
+
+    def extra_repr(self) -> str:
+        return _show(lambd=self.lambd)
+
+
+class Softshrink(_Shrink):
+    """The input moved by `lambd` towards zero, and 0 within `lambd` of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softshrink(input, self.lambd)
+
+
+class Hardshrink(_Shrink):
+    """The input, and 0 within `lambd` of zero."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.hardshrink(input, self.lambd)
+
+
+class Tanhshrink(Module):
+    """The input less its hyperbolic tangent."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.tanhshrink(input)
+
+
+class GLU(Module):
+    """The first half along `dim` times the sigmoid of the second (arXiv:1612.08083).
+
+    >>> import gpugrad as gg
+    >>> GLU()(gg.tensor([3.0, 0.0]))
+    tensor([1.5])
+    """
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.glu(input, self.dim)
+
+    def extra_repr(self) -> str:
+        return _show(dim=self.dim)
+
+
+class PReLU(Module):
+    """The input where positive, a learned factor times it elsewhere.
+
+    One factor, or one for each of `num_parameters` channels, which are axis 1 of the input; they
+    start at `init`. He et al., arXiv:1502.01852.
+
+    >>> import gpugrad as gg
+    >>> PReLU()(gg.tensor([-2.0, 3.0]))
+    tensor([-0.5,  3. ])
+    """
+
+    def __init__(
+        self,
+        num_parameters: int = 1,
+        init: float = 0.25,
+        device: str | None = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_parameters = num_parameters
+        self.init = init
+        host = np.full(num_parameters, init, as_dtype(dtype or "float32"))
+        self.weight = Parameter(backend_for_device(device or "cpu").asarray(host, device=device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.prelu(input, self.weight)
+
+    def extra_repr(self) -> str:
+        return _show(num_parameters=self.num_parameters)
 
 
 #: Activations that can be a step of another operation: their names there, for the numbers that

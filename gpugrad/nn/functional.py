@@ -61,7 +61,9 @@ __all__ = [
     "flatten",
     "gaussian_nll_loss",
     "gelu",
+    "glu",
     "group_norm",
+    "hardshrink",
     "hardsigmoid",
     "hardswish",
     "hardtanh",
@@ -78,6 +80,7 @@ __all__ = [
     "mish",
     "mse_loss",
     "nll_loss",
+    "prelu",
     "relu",
     "relu6",
     "rms_norm",
@@ -87,9 +90,13 @@ __all__ = [
     "silu",
     "smooth_l1_loss",
     "softmax",
+    "softmin",
     "softplus",
+    "softshrink",
     "softsign",
     "tanh",
+    "tanhshrink",
+    "threshold",
 ]
 
 
@@ -221,6 +228,57 @@ def sigmoid(input: Tensor) -> Tensor:
 def logsigmoid(input: Tensor) -> Tensor:
     """ln sigmoid(x), without overflow."""
     return ops.logsigmoid(input)  # type: ignore[no-any-return]
+
+
+def threshold(input: Tensor, threshold: float, value: float) -> Tensor:
+    """The input where it exceeds `threshold`, `value` elsewhere."""
+    return ops.threshold(input, threshold, value)  # type: ignore[no-any-return]
+
+
+def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """The input moved by `lambd` towards zero, and 0 within `lambd` of it."""
+    return ops.softshrink(input, lambd)  # type: ignore[no-any-return]
+
+
+def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """The input, and 0 within `lambd` of zero."""
+    return ops.hardshrink(input, lambd)  # type: ignore[no-any-return]
+
+
+def tanhshrink(input: Tensor) -> Tensor:
+    """The input less its hyperbolic tangent."""
+    return ops.tanhshrink(input)  # type: ignore[no-any-return]
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """The first half along `dim` times the sigmoid of the second."""
+    return ops.glu(input, dim)
+
+
+def softmin(input: Tensor, dim: int = -1) -> Tensor:
+    """Softmax of the negated input."""
+    return softmax(-input, dim)
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """The input where positive, `weight` times it elsewhere.
+
+    `weight` has one element, or one for each channel, which are axis 1 of the input. He et al.,
+    arXiv:1502.01852. Raises ShapeError when they do not fit.
+
+    >>> import gpugrad as gg
+    >>> prelu(gg.tensor([-2.0, 3.0]), gg.tensor([0.5]))
+    tensor([-1.,  3.])
+    """
+    channels = input.shape[1] if input.ndim > 1 else 1
+    if weight.ndim > 1 or weight.size not in (1, channels):
+        raise ShapeError(
+            f"prelu: weight of shape {weight.shape} for input of shape {input.shape}; it needs 1 "
+            f"element, or one for each of the {channels} channels in axis 1"
+        )
+    if weight.size > 1:
+        weight = weight.reshape((-1,) + (1,) * (input.ndim - 2))
+    return ops.where(input > 0, input, weight * input)  # type: ignore[no-any-return]
 
 
 def tanh(input: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ ACTIVATIONS = [
     ("SiLU", {}), ("Mish", {}), ("Softplus", {"beta": 2.0, "threshold": 5.0}),
     ("Hardtanh", {"min_val": -0.5, "max_val": 2.0}), ("Hardswish", {}), ("Hardsigmoid", {}),
     ("Sigmoid", {}), ("LogSigmoid", {}), ("Tanh", {}), ("Softsign", {}), ("Softmax", {"dim": 1}),
-    ("LogSoftmax", {"dim": 0}),
+    ("LogSoftmax", {"dim": 0}), ("Softmin", {"dim": 1}), ("Softshrink", {"lambd": 0.3}),
+    ("Hardshrink", {"lambd": 0.3}), ("Tanhshrink", {}), ("Threshold", {"threshold": 0.1, "value": 2.0}),
 ]  # fmt: skip
 
 
@@ -59,6 +60,36 @@ def test_activations(name, options) -> None:
     keyword = {"softmax": "softmax", "logsoftmax": "log_softmax", "leakyrelu": "leaky_relu"}
     function = getattr(F, keyword.get(name.lower(), name.lower()))
     assert np.array_equal(function(input=gg.tensor(x), **options).numpy(), y.detach().numpy())
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_prelu(count) -> None:
+    import torch
+
+    x = np.random.default_rng(0).standard_normal((4, 7, 3))
+    ours, theirs = nn.PReLU(count, dtype="float64"), torch.nn.PReLU(count, dtype=torch.float64)
+    assert repr(ours) == repr(theirs)
+    a, b = gg.tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
+    (y, t) = ours(a), theirs(b)
+    (y * y).sum().backward()
+    (t * t).sum().backward()
+    for got, want in ((y.detach(), t.detach()), (a.grad, b.grad),
+                      (ours.weight.grad, theirs.weight.grad)):  # fmt: skip
+        assert np.allclose(got.numpy(), want.numpy(), rtol=1e-12, atol=1e-14)
+    with pytest.raises(gg.errors.ShapeError, match=r"prelu: weight of shape \(5,\)"):
+        nn.PReLU(5, dtype="float64")(a)
+
+
+def test_glu() -> None:
+    import torch
+
+    x = np.random.default_rng(0).standard_normal((4, 6))
+    a, b = gg.tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
+    y, t = nn.GLU(1)(a), torch.nn.GLU(1)(b)
+    (y * y).sum().backward()
+    (t * t).sum().backward()
+    assert np.allclose(y.detach().numpy(), t.detach().numpy(), rtol=1e-12)
+    assert np.allclose(a.grad.numpy(), b.grad.numpy(), rtol=1e-11)
 
 
 @pytest.mark.parametrize(
