@@ -16,7 +16,8 @@ ACTIVATIONS = [
     ("Hardtanh", {"min_val": -0.5, "max_val": 2.0}), ("Hardswish", {}), ("Hardsigmoid", {}),
     ("Sigmoid", {}), ("LogSigmoid", {}), ("Tanh", {}), ("Softsign", {}), ("Softmax", {"dim": 1}),
     ("LogSoftmax", {"dim": 0}), ("Softmin", {"dim": 1}), ("Softshrink", {"lambd": 0.3}),
-    ("Hardshrink", {"lambd": 0.3}), ("Tanhshrink", {}), ("Threshold", {"threshold": 0.1, "value": 2.0}),
+    ("Hardshrink", {"lambd": 0.3}), ("Tanhshrink", {}),
+    ("Threshold", {"threshold": 0.1, "value": 2.0}),
 ]  # fmt: skip
 
 
