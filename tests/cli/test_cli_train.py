@@ -361,6 +361,17 @@ def test_options_in_a_file(tmp_path, capsys) -> None:
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_logs_for_tensorboard(tmp_path) -> None:
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    out = tmp_path / "run"
+    options = [*SMALL, "--epochs", "1", "--tensorboard", "--out", str(out)]
+    assert main(["train", "digits", *options]) == 0
+    (events,) = (out / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for name in (b"loss/train", b"loss/test", b"accuracy/test", b"gradient norm", b"1.weight"):
+        assert name in content
+
+
 def test_evaluating_a_run(tmp_path, capsys) -> None:
     run = small(tmp_path / "run", 2)
     run.train(Silent())
