@@ -94,9 +94,9 @@ class Logged:
             {
                 "loss/train": reading.loss,
                 "accuracy/train": reading.accuracy,
-                "gradient norm": reading.grad_norm,
-                "learning rate": reading.lr,
-                "samples per second": reading.samples_per_second,
+                "gradient/norm": reading.grad_norm,
+                "learning_rate": reading.lr,
+                "samples_per_second": reading.samples_per_second,
             },
             self._at(reading.epoch - 1, reading.step),
         )

@@ -368,7 +368,7 @@ def test_logs_for_tensorboard(tmp_path) -> None:
     assert main(["train", "digits", *options]) == 0
     (events,) = (out / "tensorboard").iterdir()
     content = events.read_bytes()
-    for name in (b"loss/train", b"loss/test", b"accuracy/test", b"gradient norm", b"1.weight"):
+    for name in (b"loss/train", b"loss/test", b"accuracy/test", b"gradient/norm", b"1.weight"):
         assert name in content
 
 
