@@ -388,14 +388,14 @@ def _variadic_source(made: Primitive, lines: list[str], kwargs: str) -> str:
     add(f"    arrays, parents, kind = lift_all(made, {name})")
     _add_lookup(lines)
     add("    try:")
-    add(f"        y = forward(*arrays{kwargs})")
+    add(f"        {'y, *aux' if made.aux else 'y'} = forward(*arrays{kwargs})")
     add("    except Exception as error:")
     add("        fail(made, arrays, error)")
     if made.outputs == 1:
         add("    if y.__class__ is not kind:")
         add("        y = normalise(y, kind)")
     values = "(" + "".join(f"{p}, " for p in made.parameters) + ")"
-    add(f"    return record(made, arrays, parents, y, (), {values})")
+    add(f"    return record(made, arrays, parents, y, {'aux' if made.aux else '()'}, {values})")
     return "\n".join(lines)
 
 
@@ -450,7 +450,7 @@ def record(
         or (gate and not is_grad_enabled())
     ):
         return tuple(tensor_of(x) for x in y) if several else tensor_of(y)
-    mask = tuple(p is not None for p in parents)
+    mask = tuple([p is not None for p in parents])
     saved: dict[str, Any] = {}
     for name in made.saved_names(mask):
         if name == "y":
@@ -467,7 +467,7 @@ def record(
             elif name == operand + "_device":
                 held = [None if type(x) in SCALARS else SPACES[type(x)].device(x) for x in held]
             saved[name] = held if made.variadic else held[0]
-    metas = (*(meta_of(x) for x in arrays), tuple(x.shape for x in y) if several else y.shape)
+    metas = (*[meta_of(x) for x in arrays], tuple(x.shape for x in y) if several else y.shape)
     parameters = dict(zip(made.parameters, values, strict=True))
     node = GenericNode(made, parents, saved, parameters, metas)
     if several:

@@ -136,7 +136,7 @@ class GenericNode(Node):
     ) -> None:
         self.seq = next_seq()
         self.primitive = primitive
-        self.mask = tuple(p is not None for p in parents)
+        self.mask = tuple([p is not None for p in parents])
         self._parents = parents
         self._saved = saved
         self._parameters = parameters
@@ -331,8 +331,12 @@ def evaluate(node: Node, rule: Rule, g: Any, wrap: Callable[..., Any] | None) ->
         elif name in parameters:
             values.append(parameters[name])
         elif name.endswith(HOME) and name not in saved:
-            parent = parents.get(operands.index(name.removesuffix(HOME)))
-            values.append(None if wrap is not None or parent is None else destination(parent))
+            if node.primitive.variadic:
+                over = range(len(node.mask))  # type: ignore[attr-defined]
+                values.append([_home_of(parents.get(i), wrap) for i in over])
+            else:
+                parent = parents.get(operands.index(name.removesuffix(HOME)))
+                values.append(_home_of(parent, wrap))
         elif wrap is None or (name not in operands and name.endswith(FACETS[1:])):
             values.append(saved[name])
         elif name == "y" and node.primitive.outputs != 1:
@@ -348,6 +352,11 @@ def evaluate(node: Node, rule: Rule, g: Any, wrap: Callable[..., Any] | None) ->
         else:
             values.append(wrap(saved[name], None))
     return bind(rule.function)(*values)
+
+
+def _home_of(parent: Any, wrap: Callable[..., Any] | None) -> Array | None:
+    """:func:`destination` of an operand's parent, where there is one and gradients are raw."""
+    return None if wrap is not None or parent is None else destination(parent)
 
 
 def _space_of(g: Any, saved: dict[str, Any]) -> Backend:
@@ -424,6 +433,8 @@ def pullback(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[
                 f"{made.name}: its joint rule returned {got}, and not {wanted} gradients in a "
                 "tuple, one per operand (None where there is none)"
             )
+        if not made.fits:
+            return [(p, grads[i]) for i, p in parents]
         found = [(i, p, grads[i]) for i, p in parents]
     else:
         assert made.rules is not None
@@ -552,8 +563,10 @@ def walk(
                             add_into(total, pg)
                     elif pg is None:
                         continue
-                    elif parent in borrowed or parent.seq <= since:
+                    elif parent in borrowed:
                         _deliver(parent, pg, borrowed, owned)
+                    elif parent.seq <= since:
+                        borrowed[parent] = pg
                     elif hand is None:
                         hand = parent
                         hand_g = pg

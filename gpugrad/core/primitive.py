@@ -11,7 +11,8 @@ that:
 ``g``              the gradient that arrives from above (for a jvp rule: ``t``, the tangent)
 ``m``              the namespace: the array library's, or gpugrad's own when the derivative is
                    itself recorded, so that one text serves every order
-an operand         that operand's array, under the name it has in the forward
+an operand         that operand's array, under the name it has in the forward; of a variadic one,
+                   the list of all, and so it is with what follows
 ``y``              the result
 ``x_shape``        the shape of operand ``x`` (nothing else of it is kept)
 ``x_dtype``        its dtype

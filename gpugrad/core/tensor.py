@@ -659,7 +659,6 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
             recorded = isinstance(g, Tensor)
             x = g.data if recorded else g
             old = leaf.grad
-            space = SPACES[type(x)]
             if old is None:
                 if leaf.home is not None and not recorded:
                     there = leaf.home.keep(x)
@@ -667,6 +666,7 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
                         shared.add(id(x))
                         leaf.grad = tensor_of(there)
                         continue
+                space = SPACES[type(x)]
                 if id(x) in shared or (not mine and space.is_view(x)):
                     if recorded:
                         g = differentiable.copy(g)
@@ -676,7 +676,7 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
                 leaf.grad = g if recorded else tensor_of(g)
             elif recorded:
                 leaf.grad = old + g
-            elif old._node is not None or not space.mutable:
+            elif old._node is not None or not SPACES[type(x)].mutable:
                 leaf.grad = tensor_of((old.detach() + tensor_of(g)).data)
             else:
                 total = old.data

@@ -10,12 +10,16 @@ from gpugrad.nn.activations import name_of
 from gpugrad.nn.convolution import Conv1d, Conv2d
 from gpugrad.nn.errors import ModuleError
 from gpugrad.nn.layers import Linear
-from gpugrad.nn.module import Module
+from gpugrad.nn.module import Module, Parameter
+from gpugrad.ops.layers import joins, layers
 
 __all__ = ["ModuleList", "Sequential"]
 
 #: Layers whose `forward` takes the name of an activation, to compute both in one operation.
 TAKES_ACTIVATION: set[type[Module]] = {Conv1d, Conv2d, Linear}
+
+#: Layers with one activation, one after the other, from which on they may be one operation.
+CHAIN = 8
 
 
 class _Ordered(Module):
@@ -95,7 +99,8 @@ class Sequential(_Ordered):
     Takes modules, or one mapping from names to modules. Index and slice it like a list.
 
     A layer and the activation behind it are computed as one operation where there is one, such as
-    `Linear` and `Tanh`; a forward hook on either keeps them apart.
+    `Linear` and `Tanh`; a forward hook on either keeps them apart. So are many small layers in a
+    row, if all have the same activation.
 
     >>> import gpugrad.nn as nn
     >>> nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))[:2]
@@ -124,21 +129,44 @@ class Sequential(_Ordered):
             self.add_module(name, module)
 
     def forward(self, x: Any) -> Any:
-        layer = None  # waits for the activation that may follow it
-        for module in self.__dict__.values():
-            if not isinstance(module, Module):
-                continue
-            if layer is not None:
-                name = name_of(module)
-                x = layer(x) if name is None else layer(x, activation=name)
-                layer = None
-                if name is not None:
-                    continue
-            if type(module) in TAKES_ACTIVATION and not module._hooks:
-                layer = module
-            else:
+        modules = [module for module in self.__dict__.values() if isinstance(module, Module)]
+        i, looked = 0, 0
+        while i < len(modules):
+            module = modules[i]
+            i += 1
+            name = None
+            if i < len(modules) and type(module) in TAKES_ACTIVATION and not module._hooks:
+                name = name_of(modules[i])
+            if name is None:
                 x = module(x)
-        return x if layer is None else layer(x)
+                continue
+            if i > looked and len(modules) - i >= 2 * CHAIN - 1:
+                parameters = _chain(modules, i - 1, name)
+                looked = i - 1 + len(parameters)
+                if len(parameters) >= 2 * CHAIN and joins(x, parameters):
+                    x = layers(x, *parameters, activation=name)
+                    i = looked
+                    continue
+            x = module(x, activation=name)
+            i += 1
+        return x
+
+
+def _chain(modules: list[Module], start: int, name: str) -> list[Parameter]:
+    """Weights and biases of linear layers that lie one behind the other, each before the activation
+    of this name, and that nothing looks between."""
+    found: list[Parameter] = []
+    for layer, activation in zip(modules[start::2], modules[start + 1 :: 2]):
+        if (
+            type(layer) is not Linear
+            or layer.bias is None
+            or layer._hooks
+            or layer._pre_hooks
+            or name_of(activation) != name
+        ):
+            break
+        found += (layer.weight, layer.bias)
+    return found
 
 
 class ModuleList(_Ordered):

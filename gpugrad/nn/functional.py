@@ -252,7 +252,7 @@ def tanhshrink(input: Tensor) -> Tensor:
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
     """The first half along `dim` times the sigmoid of the second."""
-    return ops.glu(input, dim)
+    return ops.glu(input, dim)  # type: ignore[no-any-return]
 
 
 def softmin(input: Tensor, dim: int = -1) -> Tensor:

@@ -16,7 +16,7 @@ from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import ShapeError
-from gpugrad.ops.fused import ACTIVATIONS, activation_named, reference
+from gpugrad.ops.fused import ACTIVATIONS, Activation, activation_named, reference
 from gpugrad.ops.manipulation import moveaxis, normal_axis, reshape
 from gpugrad.ops.reductions import sum as sum_over
 from gpugrad.ops.samples import normal
@@ -220,6 +220,20 @@ def _check_linear_bias(weight: Array, bias: Array) -> None:
         )
 
 
+def activated(
+    m: Backend, x: Array, weight: Array, bias: Array, chosen: Activation
+) -> tuple[Array, Array]:
+    """A layer: what its activation is applied to, and its result."""
+    _check_linear_bias(weight, bias)
+    z = _linear_product(m, x, weight)
+    if m.mutable and bias.dtype == z.dtype:
+        z += bias
+    else:
+        z = z + bias
+    y = chosen.forward(m, z)
+    return z, y if y.dtype == z.dtype else m.astype(y, z.dtype)
+
+
 @fusible
 def linear_activation_backward(
     m: Any, g: Any, x: Any, weight: Any, bias: Any, kept: Any, activation: str, needs: Any,
@@ -272,15 +286,7 @@ def linear_activation(
     tensor([0.])
     """
     chosen = activation_named("linear", activation)
-    _check_linear_bias(weight, bias)
-    z = _linear_product(m, x, weight)
-    if m.mutable and bias.dtype == z.dtype:
-        z += bias
-    else:
-        z = z + bias
-    y = chosen.forward(m, z)
-    if y.dtype != z.dtype:
-        y = m.astype(y, z.dtype)
+    z, y = activated(m, x, weight, bias, chosen)
     return y, y if chosen.from_result else z
 
 

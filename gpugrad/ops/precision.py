@@ -8,7 +8,7 @@ __all__: list[str] = []
 
 #: What is quicker in a narrow type, and adds up in float32 by itself.
 PRODUCTS = (
-    "matmul", "linear", "linear_activation", "tensordot", "convolution", "attention",
+    "matmul", "linear", "linear_activation", "layers", "tensordot", "convolution", "attention",
     "packed_attention", "rnn_layer", "lstm_layer", "gru_layer",
 )  # fmt: skip
 

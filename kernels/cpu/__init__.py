@@ -69,6 +69,7 @@ SLOTS = slots(
             1 << 11,
             ("linear", "linear_activation", "linear_activation_backward", "sum_over_rows"),
         ),
+        "layers": (1 << 9, ("layers", "layers_backward")),
         "products": (1 << 14, ("matmul", "matmul_into")),
         "optimizer": (1 << 14, ("flat_norm", "flat_update")),
         "softmax": (

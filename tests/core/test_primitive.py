@@ -105,6 +105,34 @@ def test_variadic() -> None:
     assert x.grad is not None and x.grad.item() == 2.0
 
 
+def test_variadic_with_aux_and_homes() -> None:
+    seen: list[Any] = []
+
+    def rule(m: Any, g: Any, arrays: Any, double: Any, arrays_home: Any, needs: Any) -> Any:
+        seen.append(arrays_home)
+        if seen[-1][0] is not None:
+            m.setitem(arrays_home[0], ..., g * double)
+        return [(home if home is not None else g * double) if need else None
+                for home, need in zip(arrays_home, needs, strict=True)]  # fmt: skip
+
+    @gg.primitive(vjp=rule, aux=("double",))
+    def twice(m: Any, *arrays: Any) -> Any:
+        """Two times the sum of all."""
+        return 2.0 * sum(arrays[1:], arrays[0]), m.asarray(2.0)
+
+    x, y, z = (gg.tensor([v], requires_grad=v < 3) for v in (1.0, 2.0, 3.0))
+    optimizer = gg.optim.SGD([x], lr=1.0)
+    twice(x, y, z).backward()
+    home, *others = seen.pop()
+    assert home is x.grad.data and others == [None, None]  # type: ignore[union-attr]
+    assert x.grad.item() == y.grad.item() == 2.0  # type: ignore[union-attr]
+    assert z.grad is None
+    optimizer.zero_grad()
+    twice(x, y, z).backward(create_graph=True)
+    assert seen.pop() == [None, None, None]  # a gradient that is recorded is a tensor of its own
+    gg.check_grads(twice, (x.detach(), y.detach()))
+
+
 def test_a_node_saves_exactly_what_its_rules_name() -> None:
     x, y = gg.tensor([1.0], requires_grad=True), gg.tensor([2.0], requires_grad=True)
     assert (x + y)._node.saved() == {}
