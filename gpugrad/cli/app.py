@@ -324,7 +324,9 @@ def evaluate(
 @app.command()
 def sample(
     run: Annotated[Path, _RUN],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "\n",
+    prompt: Annotated[
+        str | None, typer.Option(help="What the text begins with \\[default: a new line].")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens to write.", min=1)] = 400,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token, 1 draws as the net says.", min=0)
@@ -341,8 +343,9 @@ def sample(
 
     with _errors_told(traceback):
         writer = load_writer(run, _device(device, err))
-        out.print(_plain(prompt), end="", soft_wrap=True)
-        for text in writer(prompt, length, temperature, top_k, seed):
+        start, following = writer(prompt, length, temperature, top_k, seed)
+        out.print(_plain(start), end="", soft_wrap=True)
+        for text in following:
             out.file.write(text)
             out.file.flush()
         out.print()

@@ -17,7 +17,7 @@ from gpugrad.cli.config import Config, is_text
 from gpugrad.core.conversion import asarray
 from gpugrad.core.tensor import Tensor
 from gpugrad.data import DataLoader, DeviceLoader, LabelledDataset, SequenceDataset, load
-from gpugrad.data.text import Text, load_text
+from gpugrad.data.text import Text, Vocabulary, load_text
 from gpugrad.data.transforms import Compose, RandomCrop, RandomHorizontalFlip
 from gpugrad.nn import functional as F
 from gpugrad.nn.random import Generator
@@ -225,15 +225,20 @@ class NextToken:
         return {"vocabulary": self.text.vocabulary.to_dict()}
 
 
-def task_of(config: Config, folder: Path | None) -> Task:
-    """The task that a configuration names; DataError when its data cannot be had."""
+def task_of(
+    config: Config, folder: Path | None, vocabulary: str | Vocabulary = "characters"
+) -> Task:
+    """The task that a configuration names; DataError when its data cannot be had.
+
+    Text is read with the vocabulary, by default one of its own.
+    """
     if not is_text(config.data):
         return Classes(load(config.data, folder=folder))
     path = None if config.data == "text" else Path(config.data)
     limit = int(config.limit * 1e6) or None
     many = path is None or path.is_dir()
     split = "files" if many and (limit is None or limit >= ENOUGH) else "tail"
-    text = load_text(path, limit=limit, split=split)
+    text = load_text(path, vocabulary=vocabulary, limit=limit, split=split)
     return NextToken(text, "text" if path is None else path.stem)
 
 

@@ -21,6 +21,7 @@ from gpugrad.cli.tasks import Task, task_of
 from gpugrad.core.autocast import autocast
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
+from gpugrad.data.text import vocabulary_from
 from gpugrad.errors import GpugradError
 from gpugrad.nn.random import Generator, default_generator, manual_seed
 
@@ -485,7 +486,10 @@ def load_run(path: Path, device: str, data: str | None = None, data_dir: Path | 
     config, state = stored_config(file)
     if data is not None:
         config = replace(config, data=data)
-    run = Run(config, task_of(config, data_dir), device, path)
+    # Tokens have to be the numbers that the net knows, whatever the text.
+    known = state["task"].get("vocabulary")
+    vocabulary = "characters" if known is None else vocabulary_from(known, str(file))
+    run = Run(config, task_of(config, data_dir, vocabulary), device, path)
     run.net.load_state_dict(state["model"])
     run.epoch = state["epoch"]
     return run

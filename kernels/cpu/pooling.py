@@ -348,9 +348,10 @@ def _refuse_max(
     m: Backend, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
 ) -> str | None:
     why = _fits(x, kernel, stride, padding, dilation)
+    # A step longer than the axis may lead from the border before it to the one behind.
     if why is None and any(
-        low > d * (k - 1) or high > d * (k - 1) + s - 1
-        for k, s, (low, high), d in zip(kernel, stride, padding, dilation)
+        low > d * (k - 1) or high > d * (k - 1) + s - 1 or (low > 0 and n < d)
+        for n, k, s, (low, high), d in zip(x.shape[2:], kernel, stride, padding, dilation)
     ):
         return "windows that lie in the border as a whole"
     return why

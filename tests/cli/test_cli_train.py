@@ -402,6 +402,21 @@ def test_writing_text(tmp_path, capsys) -> None:
     assert len(first) == 34
     assert main(["sample", str(out), "--prompt", ""]) == 1
     assert "an empty prompt" in capsys.readouterr().err
+    assert main(["sample", str(out), "--prompt", "the dog"]) == 1
+    said = capsys.readouterr()
+    assert not said.out.strip()
+    assert "the model knows no 'd'" in said.err
+    # The text has no new line to begin with; its first character is the blank.
+    assert main(["sample", str(out), "--length", "3"]) == 0
+    assert len(capsys.readouterr().out) == 5
+    # Another text is read with the run's characters, whichever of them it has.
+    (tmp_path / "short.txt").write_text("sat on the mat. " * 100)
+    assert main(["eval", str(out), "--data", str(tmp_path / "short.txt")]) == 0
+    accuracy = float(capsys.readouterr().out.split("accuracy ")[1].rstrip("%\n"))
+    assert accuracy > 80
+    (tmp_path / "other.txt").write_text("dog eat dog. " * 100)
+    assert main(["eval", str(out), "--data", str(tmp_path / "other.txt")]) == 1
+    assert "has no 'd'" in capsys.readouterr().err
     small(tmp_path / "digits", 1).train(Silent())
     assert main(["sample", str(tmp_path / "digits")]) == 1
     assert "mlp tells classes apart, and writes nothing" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +23,19 @@ from gpugrad.core.tensor import tensor_of
 from gpugrad.kernels import scalars as texts
 from gpugrad.kernels.cpu import compile as compiler
 from gpugrad.kernels.cpu import gemm as gemms
+from gpugrad.kernels.cpu import memory, microkernel
 from gpugrad.kernels.cpu import products as many_gemms
 from gpugrad.kernels.random import philox_block
 from gpugrad.kernels.template import SCALARS
 from gpugrad.ops import activations, losses, normalization
+from gpugrad.ops.attention import attention as plain_attention
+from gpugrad.ops.attention import packed_attention
+from gpugrad.ops.convolution import convolution as plain_convolution
 from gpugrad.ops.fused import bias_activation_backward
+from gpugrad.ops.layers import layers as chain
 from gpugrad.ops.linalg import linear as plain_linear
 from gpugrad.ops.linalg import linear_activation
+from gpugrad.ops.pooling import max_pool, window_mean
 from gpugrad.ops.updates import RULES
 from gpugrad.optim.flat import flat_norm, flat_update
 from tests.kernels.cpu.test_optimizer import NUMBERS, VARIANTS
@@ -88,6 +95,19 @@ def linear():
         yield from derived(linear_activation, x, w, b, wanted=(2,), activation="tanh")
         yield from derived(plain_linear, x, w, b)
         yield from derived(plain_linear, x, w)
+
+
+def layers():
+    features = (5, 7, 3, 6)
+    parameters = []
+    for k, (inputs, outputs) in enumerate(itertools.pairwise(features)):
+        parameters += [random(outputs, inputs, seed=2 * k), random(outputs, seed=2 * k + 1)]
+    for rows, activation in ((9, "tanh"), (4, "silu")):
+        x = random(rows, 5, seed=rows)
+        yield from derived(chain, x, *parameters, activation=activation)
+        yield from derived(chain, x, *parameters[:2], activation=activation)
+        for wanted in ((0,), (3,), (4, 5), (6,)):
+            yield from derived(chain, x, *parameters, wanted=wanted, activation=activation)
 
 
 STREAM = {"seed": 0x9E3779B97F4A7C15, "offset": (1 << 33) + 5}
@@ -375,3 +395,141 @@ def products_of(shape):
         yield one_product(left(a), right(b), out(c), 1)
         yield from product(left(a), right(b), out(c))
         yield from product(left(a), right(b), out(c), True, summed=True)
+
+
+def small_products():
+    """The product of small matrices, with each number of rows and columns, and as it is packed."""
+    for m, n in itertools.product((1, 2, 3, 5, 9, 12, 13), (1, 3, 4, 6, 11, 13)):
+        a, b, c = random(m, 2, 3), random(6, n, seed=1), random(m, n, seed=2)
+        packed = np.full(microkernel.packed_shape(6, n, a.dtype), NAN, a.dtype)
+        for accumulate in (False, True):
+            if kernel_mode() == "off":
+                yield a.reshape(m, 6) @ b + (c if accumulate else 0)
+                continue
+            microkernel.pack["float32"](b, packed)
+            width, out = packed.shape[2], c.copy() if accumulate else np.full_like(c, NAN)
+            microkernel.product["float32"](
+                m, n, 2, 3, memory.address(a), (6, 3, 1), memory.address(packed),
+                (3 * width, width, 6 * width), memory.address(out), n, accumulate,
+            )  # fmt: skip
+            yield out
+
+
+def attention():
+    """Several heads, or one that is cut; in more than one block, and in part of one."""
+    for batch, queries, keys, features, out in (((2, 2), 11, 13, 3, 5), ((), 27, 19, 2, 1)):
+        q, k = random(*batch, queries, features), random(*batch, keys, features, seed=1)
+        v = random(*batch, keys, out, seed=2)
+        seen = np.random.default_rng(3).random((*batch[1:], queries, keys)) < 0.6
+        seen[..., 2, :] = False
+        more, for_all = random(*batch, queries, keys, seed=4), random(1, keys, seed=5)
+        # Scores that grow from block to block, so that the greatest changes.
+        k *= np.linspace(0.5, 3, keys, dtype="float32")[:, None]
+        for mask, is_causal, p in (
+            (None, False, 0.0), (seen, False, 0.0), (more, False, 0.0), (for_all, True, 0.0),
+            (None, True, 0.4), (seen.swapaxes(-1, -2).copy().swapaxes(-1, -2), False, 0.4),
+        ):  # fmt: skip
+            yield from derived(
+                plain_attention, q, k, v, mask, wanted=(0, 1, 2), is_causal=is_causal, dropout_p=p,
+                **STREAM,
+            )  # fmt: skip
+        for one in range(3):
+            yield from derived(plain_attention, q, k, v, wanted=(one,), is_causal=True)
+    packed = random(3, 7, 12)
+    for is_causal in (False, True):
+        yield from derived(packed_attention, packed, heads=2, is_causal=is_causal, scale=0.7)
+
+
+#: Input, weight, and what differs from stride 1, no padding, dilation 1, one group.
+CONVOLUTIONS: tuple[tuple[Any, Any, dict[str, Any]], ...] = (
+    ((2, 2, 5, 6), (3, 2, 2, 3), {}),
+    ((4, 3, 6, 5), (5, 3, 3, 2), {"padding": ((1, 2), (2, 0))}),
+    ((2, 3, 7, 8), (2, 3, 3, 2), {"stride": (2, 3), "padding": ((1, 1), (2, 0))}),
+    ((2, 3, 7, 8), (9, 3, 2, 2), {"dilation": (2, 3), "padding": ((0, 1), (1, 2))}),
+    ((2, 3, 9, 9), (2, 3, 2, 2), {"dilation": (1, 2), "stride": (2, 1)}),
+    ((2, 4, 6, 5), (10, 2, 3, 2), {"groups": 2, "padding": ((1, 0), (1, 1))}),
+    ((2, 4, 6, 7), (6, 2, 2, 3), {"groups": 2, "stride": (2, 2), "dilation": (2, 1)}),
+    ((2, 6, 5, 5), (6, 1, 3, 3), {"groups": 6, "padding": ((1, 1), (1, 1))}),
+    ((3, 6, 7, 9), (6, 1, 3, 3), {"groups": 6, "stride": (2, 2), "dilation": (1, 2)}),
+    ((2, 6, 6, 5), (6, 1, 3, 4), {"groups": 6, "stride": (2, 1), "padding": ((0, 0), (1, 2))}),
+    ((1, 6, 4, 5), (6, 1, 2, 3), {"groups": 6}),
+    ((2, 22, 4, 5), (4, 11, 2, 2), {"groups": 2, "stride": (2, 2)}),
+    ((1, 1, 2, 2), (2, 1, 2, 2), {"padding": ((1, 0), (1, 1))}),
+    ((1, 2, 4, 5), (6, 2, 2, 2), {}),
+    ((2, 4, 3, 3), (2, 4, 1, 1), {"padding": ((4, 3), (0, 3))}),
+    ((3, 2, 9), (3, 2, 4), {"stride": (2,), "padding": ((2, 1),)}),
+    ((8, 6, 2, 3), (7, 6, 2, 2), {}),
+    ((8, 6, 2, 3), (7, 6, 2, 2), {"padding": ((1, 0), (0, 1))}),
+    ((8, 6, 2, 3), (7, 6, 2, 2), {"padding": ((1, 0), (0, 1)), "stride": (1, 2)}),
+)
+
+
+def convolution():
+    for x, weight, given in CONVOLUTIONS:
+        axes = len(x) - 2
+        usual = {"stride": (1,) * axes, "padding": ((0, 0),) * axes, "dilation": (1,) * axes}
+        arrays = random(*x), random(*weight, seed=1), random(weight[0], seed=2)
+        yield from derived(plain_convolution, *arrays, **usual | given)
+    x, w, b = random(2, 2, 3, 4), random(3, 2, 2, 2, seed=1), random(3, seed=2)
+    usual = {"stride": (1, 1), "padding": ((1, 0), (0, 0)), "dilation": (1, 1)}
+    for wanted in NEEDS:
+        yield from derived(plain_convolution, x, w, b, wanted=wanted, **usual)
+    for activation in (None, "relu", "gelu", "tanh"):
+        yield from derived(plain_convolution, x, w, b, **usual, activation=activation)
+        yield from derived(plain_convolution, x, w, None, **usual, activation=activation)
+
+
+def turning():
+    """More columns of an image than are turned at a time."""
+    many, one = tensor_of(random(2, 1100, 3, 4)), tensor_of(random(1, 1100, 1, 1, seed=1) / 30)
+    given = {"stride": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1)}
+    yield plain_convolution(many, one, **given).data
+
+
+#: Input, kernel, stride, padding, dilation.
+POOLS = (
+    ((2, 3, 4, 6), (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1)),
+    ((2, 3, 5, 7), (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1)),
+    ((2, 3, 5, 7), (2, 2), (1, 1), ((1, 0), (0, 0)), (1, 1)),
+    ((2, 3, 5, 7), (2, 2), (2, 2), ((0, 0), (1, 1)), (1, 1)),
+    ((2, 3, 9, 8), (3, 2), (2, 1), ((1, 2), (0, 1)), (1, 2)),
+    ((2, 3, 7, 9), (2, 2), (2, 2), ((0, 0), (0, 0)), (2, 3)),
+    ((2, 3, 8, 9), (2, 2), (3, 4), ((0, 0), (0, 0)), (1, 1)),
+    ((2, 3, 7, 6), (2, 3), (2, 2), ((0, 0), (1, 1)), (1, 1)),
+    ((2, 3, 12), (3,), (2,), ((1, 1),), (2,)),
+)
+
+
+def pooling():
+    for shape, kernel, stride, padding, dilation in POOLS:
+        whole = {"kernel": kernel, "stride": stride, "padding": padding}
+        for x in (random(*shape), np.round(random(*shape))):
+            yield from derived(max_pool, x, **whole, dilation=dilation)
+        spoilt = random(*shape)
+        spoilt[np.random.default_rng(1).random(shape) < 0.2] = NAN
+        yield max_pool(tensor_of(spoilt), **whole, dilation=dilation).data
+        yield from derived(window_mean, random(*shape), **whole, divisor=3.0)
+
+
+def recurrent():
+    sizes = ((2, 2, 1, 3), (3, 9, 3, 5), (4, 2, 7, 9))
+    for (steps, batch, features, n), name in itertools.product(sizes, ("gru", "lstm", "rnn")):
+        layer, rows = getattr(gg, f"{name}_layer"), {"gru": 3, "lstm": 4, "rnn": 1}[name] * n
+        states = 2 if name == "lstm" else 1
+        shapes = [
+            (steps, batch, features), (rows, features), (rows, n), (rows,), (rows,),
+            *[(batch, n)] * states,
+        ]  # fmt: skip
+        arrays = [random(*s, seed=i) for i, s in enumerate(shapes)]
+        for reverse, there in ((False, 5 + states), (True, 5 + states), (True, 4), (False, 3)):
+            given = {"reverse": reverse}
+            if name == "rnn":
+                given["nonlinearity"] = "relu" if there == 4 else "tanh"
+
+            def results(*of, layer=layer, given=given, count=1 + states):
+                return layer(*of, **given)[:count]
+
+            yield from derived(results, *arrays[:there])
+            # With gradients from all results at a time.
+            together = lambda *of, results=results: sum(y.sum() for y in results(*of))
+            yield from derived(together, *arrays[:there])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 import importlib
 import itertools
-from collections import deque
+import math
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from gpugrad.kernels.cpu import attention, gemm, microkernel, pool, products
 from gpugrad.kernels.cpu import compile as compiler
-from gpugrad.kernels.cpu import gemm, pool, products
 from gpugrad.kernels.template import arithmetic
 
 #: The sizes of pieces of work, so small that small arrays have several, and an incomplete one.
@@ -29,8 +29,17 @@ SMALL = {
     "reduce": {"BLOCK": 64},
     "optimizer": {"BLOCK": 64, "FEW": 3},
     "linear": {"BLOCK": 64, "CHUNKS": 5, "STRETCH": 3, "GRAIN": 1000},
+    "layers": {"PIECE": 4},
     "gemm": {"GRAIN": 64, "STRIP": 4},
     "products": {"GRAIN": 64, "STRIP": 4},
+    "memory": {"LINE": 4},
+    "microkernel": {"VECTOR": 12, "ROWS": 4},
+    "scores": {},
+    "attention": {"QUERIES": 8, "KEYS": 6, "RANGE": 8, "ENOUGH": 3},
+    "windows": {"DEPTH": 8},
+    "convolution": {"CHUNKS": 3, "BAND": 400, "TOGETHER": 1200},
+    "pooling": {},
+    "recurrent": {"BLOCK": 3, "NARROW": 8, "ROWS": 4, "DEPTH": 6, "GRAIN": 64},
 }
 
 
@@ -40,8 +49,9 @@ class Interpreter:
 
     _number = itertools.count()
 
-    def __init__(self):
+    def __init__(self, memory):
         self.name = f"interpreter {next(self._number)}"
+        self._memory = memory
 
     def placeholder(self, name, storage):
         number = getattr(np, arithmetic(storage))
@@ -60,7 +70,7 @@ class Interpreter:
         code = function.__code__
         constants = (np.float64(c) if type(c) is float else c for c in code.co_consts)
         function.__code__ = code.replace(co_consts=tuple(constants))
-        return function
+        return self._memory.seen_by(function) if "ctypes" in code.co_names else function
 
 
 def _read(a, i):
@@ -72,30 +82,92 @@ def _write(a, i, x):
 
 
 class _Memory:
-    """What `kernels/cpu/gemm.py` asks of the machine. There is no memory but the arrays of which it
-    has asked for the address."""
+    """What kernels ask of the machine. There is no memory but the arrays of which they have asked
+    for the address."""
 
     def __init__(self):
-        self.arrays: deque = deque(maxlen=50)  # those of before are not asked for again
+        self._arrays: dict = {}  # by their bounds; those found last come last
+
+    def holder(self, low, high):
+        """The bytes of an array that those from `low` to `high` are in, and where they begin."""
+        for bounds in reversed(self._arrays):
+            if bounds[0] <= low and high <= bounds[1]:
+                break
+        else:
+            raise IndexError(f"{high - low} bytes at {low}, where no array is")
+        array = self._arrays.pop(bounds)
+        self._arrays[bounds] = array
+        return (ctypes.c_char * (bounds[1] - bounds[0])).from_address(bounds[0]), bounds[0]
 
     def elements(self, address, count, dtype):
-        size = dtype.itemsize * count
-        for x in self.arrays:
-            low, high = np.lib.array_utils.byte_bounds(x)
-            if low <= address and address + size <= high:
-                found = (ctypes.c_char * size).from_address(address)
-                return np.frombuffer(found, dtype)
-        raise IndexError(f"{count} elements at {address}, where no array is")
+        found, first = self.holder(address, address + count * dtype.itemsize)
+        return np.frombuffer(found, dtype, count, address - first)
 
-    def _address(self, x):
-        self.arrays.append(x)
+    def block(self, address, shape, strides, dtype):
+        """Elements with strides in bytes, all in one array."""
+        if not all(shape):
+            return np.empty(shape, dtype)
+        far = [step * (n - 1) for step, n in zip(strides, shape)]
+        low = sum(min(x, 0) for x in far)
+        high = sum(max(x, 0) for x in far) + dtype.itemsize
+        found, first = self.holder(address + low, address + high)
+        return np.ndarray(shape, dtype, found, address - first, strides)
+
+    def address(self, x):
+        self._arrays[np.lib.array_utils.byte_bounds(x)] = np.asarray(x)
+        if len(self._arrays) > 500:  # those of before are not asked for again
+            del self._arrays[next(iter(self._arrays))]
         return x.ctypes.data
 
-    def _size(self, like):
+    def seen_by(self, function):
+        """A function that may ask its arguments for their addresses itself."""
+        memory = self
+
+        class Seen(np.ndarray):
+            @property
+            def ctypes(self):
+                return SimpleNamespace(data=memory.address(np.asarray(self)))
+
+        def call(*args):
+            function(*(x.view(Seen) if isinstance(x, np.ndarray) else x for x in args))
+
+        return call
+
+    def size(self, like):
         return like.dtype.itemsize
 
-    def _pointer(self, address, like):
+    def pointer(self, address, like):
         return _Pointer(self, address, like.dtype)
+
+    def carray(self, pointer, shape):
+        _, address, dtype = pointer._of
+        return self.elements(address, math.prod(shape), dtype).reshape(shape)
+
+    def _where(self, x):
+        # Of the shares of a sum, the first is given, and where the next is.
+        self.address(x.base if isinstance(x.base, np.ndarray) else x)
+        return _WHERE(x)
+
+    def _where_mask(self, *given):
+        found, alive = _WHERE_MASK(*given)
+        if alive is not None:
+            self.address(alive)
+        return found, alive
+
+    def _tile(
+        self, zero, rows, columns, n, odd, a, a_strides, b, b_strides, c, c_i, depth, accumulate
+    ):
+        """`rows` rows of a product, the last of them twice if that is `odd`."""
+        vectors, masked = microkernel.COLUMNS[columns]
+        width = vectors * microkernel.VECTOR // zero.itemsize
+        if rows % 2 or not 0 < rows <= microkernel.ROWS:
+            raise ValueError(f"no tile of {rows} rows")
+        shape = (rows - odd, min(n, width) if masked else width)
+        depth = [max(0, count) for count in depth]  # none, where a window is all border
+        left = self.block(a, (shape[0], *depth), a_strides, zero.dtype)
+        right = self.block(b, (*depth, shape[1]), (*b_strides, zero.itemsize), zero.dtype)
+        out = self.block(c, shape, (c_i, zero.itemsize), zero.dtype)
+        out[...] = np.tensordot(left, right, 2) + (out if accumulate else 0)
 
     def _blas_threads(self):
         return 1
@@ -104,9 +176,8 @@ class _Memory:
         def matrix(address, rows, columns, lead):
             if lead < max(1, columns) or address % alpha.itemsize:
                 raise ValueError(f"rows of {columns} elements at {address}, {lead} apart")
-            row = self.elements(address, (rows - 1) * lead + columns, alpha.dtype)
-            strides = lead * row.itemsize, row.itemsize
-            return np.lib.stride_tricks.as_strided(row, (rows, columns), strides)
+            strides = lead * alpha.itemsize, alpha.itemsize
+            return self.block(address, (rows, columns), strides, alpha.dtype)
 
         left = matrix(a, k, m, lda).T if ta == 112 else matrix(a, m, k, lda)
         right = matrix(b, n, k, ldb).T if tb == 112 else matrix(b, k, n, ldb)
@@ -116,31 +187,66 @@ class _Memory:
         out[...] = alpha * (left @ right) + beta * before
 
 
+_WHERE, _WHERE_MASK = attention._where, attention._where_mask
+
+
 class _Pointer:
-    """Elements from an address on."""
+    """Elements from an address on, all in one array."""
 
     def __init__(self, memory, address, dtype):
-        self.at = lambda i: memory.elements(address + i * dtype.itemsize, 1, dtype)
+        self._of = memory, address, dtype
+        self._first, self._found = 0, np.empty(0)
+
+    def _place(self, i):
+        if not self._found.size:
+            memory, address, dtype = self._of
+            there = address + i * dtype.itemsize
+            found, low = memory.holder(there, there + dtype.itemsize)
+            skipped = (there - low) % dtype.itemsize
+            count = (len(found) - skipped) // dtype.itemsize
+            self._found = np.frombuffer(found, dtype, count, skipped)
+            self._first = (address - low - skipped) // dtype.itemsize
+        place = self._first + i
+        if place < 0:
+            raise IndexError(f"element {i} is before the first")
+        return place
 
     def __getitem__(self, i):
-        return self.at(i)[0]
+        place = self._place(i)
+        return self._found[place]
 
     def __setitem__(self, i, x):
-        self.at(i)[0] = x
+        place = self._place(i)
+        self._found[place] = x
+
+
+def _spoilt(shape, dtype):
+    """An array that nobody has written to."""
+    dtype = np.dtype(dtype)
+    return np.full(math.prod(shape) * dtype.itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
 
 
 @contextmanager
 def interpreted():
     """Inside the block the CPU's kernels run in Python, on small pieces of work."""
+    memory = _Memory()
+    machine = {
+        "address": memory.address, "pointer": memory.pointer, "size_of": memory.size,
+        "_address": memory.address, "_pointer": memory.pointer, "_size": memory.size,
+        "_blas": memory._blas, "_blas_threads": memory._blas_threads, "_tile": memory._tile,
+        "carray": memory.carray, "empty": _spoilt,
+        "_where": memory._where, "_where_mask": memory._where_mask,
+    }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "CPU", Interpreter())
+        patch.setattr(compiler, "CPU", Interpreter(memory))
         for family, sizes in SMALL.items():
             module = importlib.import_module(f"gpugrad.kernels.cpu.{family}")
-            for name, size in sizes.items():
-                patch.setattr(module, name, size)
-        memory = _Memory()
-        for name in ("_address", "_size", "_pointer", "_blas", "_blas_threads"):
-            patch.setattr(gemm, name, getattr(memory, name))
+            known = {name: thing for name, thing in machine.items() if hasattr(module, name)}
+            for name, thing in (*sizes.items(), *known.items()):
+                patch.setattr(module, name, thing)
+        # Linked in by a symbol for the compiler's sake alone.
+        product = microkernel._product
+        patch.setattr(microkernel._Linked, "_make", lambda _, *of: product.instance(*of))
         patch.setattr(pool, "get_num_threads", lambda: 3)
         many = gemm.many["float32"]
         one = SimpleNamespace(one=gemm.one["float32"], alone=many, many=many)

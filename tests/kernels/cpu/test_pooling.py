@@ -119,3 +119,6 @@ def test_what_there_is_no_kernel_for():
             max_pool(x, (12, 12), (1, 1), ((0, 0), (0, 0)), (1, 1))
         with pytest.raises(KernelError, match="windows that lie in the border"):
             max_pool(x, (2, 2), (1, 1), ((2, 0), (0, 0)), (1, 1))
+        # From one side of the only element to the other.
+        with pytest.raises(KernelError, match="windows that lie in the border"):
+            max_pool(x[:, :, :1], (2, 2), (1, 1), ((1, 1), (0, 0)), (2, 1))
