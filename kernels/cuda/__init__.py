@@ -35,6 +35,14 @@ SLOTS = slots(
                 *("batch_moments", "batch_norm_training", "batch_norm_backward"),
             ),
         ),
+        "attention_launch": (
+            0,
+            tuple(
+                f"{name}{part}"
+                for name in ("attention", "packed_attention")
+                for part in ("", "_backward")
+            ),
+        ),
         "recurrent": (
             0,
             tuple(

@@ -64,14 +64,15 @@ if TYPE_CHECKING:
     from gpugrad.kernels.cuda.launch import Entry
 
 __all__ = [
-    "LANES", "Elements", "Int", "Ints", "Longs", "Number", "Size", "Values", "cuda", "device",
-    "elements_of", "fold", "kernel", "lanes", "load", "pack_size", "read_pack", "shuffle", "spread",
-    "store", "thread", "threads", "write_pack", "zero_pack",
+    "LANES", "Bytes", "Elements", "Int", "Ints", "Longs", "Number", "Size", "Values", "cuda",
+    "device", "elements_of", "fold", "kernel", "lanes", "load", "pack_size", "read_pack", "shuffle",
+    "spread", "store", "thread", "threads", "write_pack", "zero_pack",
 ]  # fmt: skip
 
 # Types of arguments; pointers first. Half precision is passed as its bits.
 Elements = Any  #: of the storage; only `read`, `write`, `load` and `store` may touch them
 Values = Any  #: of T
+Bytes = Any  #: uint8
 Ints = Any  #: int32
 Longs = Any  #: int64
 Number = Any  #: one T
@@ -80,7 +81,7 @@ Size = Any  #: one int64
 
 #: For each type: how it is spelt in a signature, with T the arithmetic type and S the storage.
 SPELLING = {
-    "Elements": "S*", "Values": "T*", "Ints": "int32*", "Longs": "int64*",
+    "Elements": "S*", "Values": "T*", "Bytes": "uint8*", "Ints": "int32*", "Longs": "int64*",
     "Number": "T", "Int": "int32", "Size": "int64",
 }  # fmt: skip
 

@@ -67,6 +67,17 @@ def _place(i):
     return i
 
 
+def _aligned(access):
+    """Access to a pack, which is an error unless the pack is aligned to its width."""
+
+    def checked(a, i, *pack):
+        if (a.ctypes.data + i * a.itemsize) % 16:
+            raise IndexError(f"the pack from element {i} on is not aligned")
+        return access(a, i, *pack)
+
+    return checked
+
+
 class Coroutines:
     """A target; it holds what a running thread sees as `cuda`. Each has a name of its own, for
     instances are kept by name, and a body may have changed since the last one."""
@@ -79,7 +90,8 @@ class Coroutines:
 
     def placeholder(self, name, storage):
         own = {"cuda": self.cuda, "shuffle": _shuffle}
-        return own[name] if name in own else SIMULATOR.placeholder(name, storage)
+        found = own[name] if name in own else SIMULATOR.placeholder(name, storage)
+        return _aligned(found) if name in ("load", "store") else found
 
     def compile(self, function, role, storage):
         code, scope = function.__code__, function.__globals__

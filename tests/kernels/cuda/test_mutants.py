@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from functools import cache
 
 import numpy as np
 import pytest
 
+from gpugrad.kernels import cuda as families
 from gpugrad.kernels.cuda import launch, norm_launch, softmax
 from gpugrad.kernels.cuda.blockwide import block_total
 from gpugrad.kernels.cuda.language import Int, Values, cuda, kernel
 from gpugrad.kernels.template import T
-from tests.kernels.cuda import checks, norm_checks, optimizer_checks, rows, softmax_checks
+from tests.kernels.cuda import (
+    attention_checks,
+    checks,
+    norm_checks,
+    optimizer_checks,
+    recurrent_checks,
+    rows,
+    softmax_checks,
+)
 from tests.kernels.cuda.coroutines import QuickGpu
 from tests.kernels.mutation import bodies, operators, unnoticed
 
@@ -28,7 +38,12 @@ def total_kernel(parts: Values, out: Values, count: Int) -> None:
 def elementwise(machine):
     for name in ("gelu", "tanh_partial", "geglu_gate_partial"):
         checks.check_map(name, "float32", count=301, shift=1)
-        checks.check_map(name, "float32", count=300)
+        checks.check_map(name, "float32", count=303)
+
+
+def packs(machine):
+    elementwise(machine)
+    softmax_checks.check_softmax("softmax", "float32", shape=(9, 13), shift=1)
 
 
 def bias(machine):
@@ -133,6 +148,30 @@ def optimizer(machine):
     optimizer_checks.check_trouble(("rmsprop", (True, True, True)), "float32", "skip")
 
 
+def recurrent(machine):
+    machine.threads = 32
+    for kind in recurrent_checks.LAYERS:
+        recurrent_checks.check_step(kind, "float32", shape=(3, 5))
+        recurrent_checks.check_step_backward(kind, "float32", shape=(3, 5))
+        recurrent_checks.check_step_backward(kind, "float32", shape=(3, 5), missing=(1,))
+    machine.wave = 2
+    for kind in recurrent_checks.LAYERS:
+        recurrent_checks.check_step(kind, "float32", shape=(9, 20))
+        recurrent_checks.check_step_backward(kind, "float32", shape=(9, 20))
+
+
+def attention(machine):
+    check, dropout = attention_checks.check, {"dropout_p": 0.4, **attention_checks.STREAM}
+    with attention_checks.quick(2):  # packs of features
+        check("float32", queries=3, keys=6, features=13, masked="added", **dropout)
+    with attention_checks.quick(1):
+        check("float32", queries=5, keys=100, features=2, out=2, needs=(True, False, False))
+        check("float32", queries=9, keys=10, out=2, **dropout)
+        check("float32", queries=4, keys=6, out=2)
+        check("float32", batch=(2, 2), queries=4, keys=8, masked="seen")
+        check("float32", queries=9, keys=10, features=2, out=100, is_causal=True)
+
+
 #: What is run against the kernels of a module.
 CHECKS = {
     "elementwise": elementwise,
@@ -146,11 +185,20 @@ CHECKS = {
     "blockwide": reduce,
     "gradient": gradients,
     "optimizer": optimizer,
+    "recurrent": recurrent,
+    "language": packs,
+    "attention": attention,
+    "tiles": attention,
 }
+
+#: Modules whose bodies have no check yet.
+WITHOUT = {"layers"}
 
 AGAIN = "some packs are worked on twice"
 EVERY = "every thread has the result, and any may write it"
 MAKES_UP = "what is left of the mean makes up for it"
+
+BANKS = "it is somewhere else in shared memory"
 
 WRITER = {"cuda.threadIdx.x == 0 -> cuda.threadIdx.x != 0": EVERY}
 LANE = {"lane == 0 -> lane != 0": EVERY}
@@ -159,6 +207,10 @@ WIDTH = {"width * LANES -> width + LANES": AGAIN}
 
 #: Changes that change no result, by the name of the body, and why.
 EQUAL: dict[str, dict[str, str]] = {
+    "language.threads": {
+        "np.int64(cuda.gridDim.x) * np.int64(cuda.blockDim.x) -> "
+        "np.int64(cuda.gridDim.x) + np.int64(cuda.blockDim.x)": AGAIN,
+    },
     "elementwise.map1_kernel": STRIDE,
     "elementwise.map2_kernel": STRIDE,
     "elementwise.map3_kernel": STRIDE,
@@ -190,6 +242,15 @@ EQUAL: dict[str, dict[str, str]] = {
     "norm.segments_kernel": WIDTH,
     "norm.segment_sums_kernel": {**LANE, **WIDTH},
     "norm.segment_gradients_kernel": WIDTH,
+    "attention.forward_kernel": {"across() == 0 -> across() != 0": EVERY},
+    "tiles.result_levels": {"across() == 0 -> across() != 0": EVERY},
+    "tiles.stage_turned": {"CHUNK - 1 -> CHUNK + 1": "it is less; so the compiler sees"},
+    "tiles.weights_at": {
+        "j >> 2 -> j << 2": BANKS,
+        "down() + (j >> 2) -> down() - (j >> 2)": BANKS,
+    },
+    "tiles.some_hidden": {"EACH - 1 -> EACH + 1": "some look at what nothing hides"},
+    "tiles._thin": {"queries - query -> queries + query": "what is not there may be dropped"},
     "reduce.summary_kernel": WRITER,
     "reduce.summary_total_kernel": WRITER,
     "blockwide._in_block": LANE,
@@ -216,6 +277,13 @@ def run(check):
 def passes(check):
     """The kernels as they are pass; looked at once."""
     run(check)
+
+
+def test_every_body_has_a_check():
+    names = [m.name for m in pkgutil.iter_modules(families.__path__)]
+    found = {name: bodies(importlib.import_module(f"{families.__name__}.{name}")) for name in names}
+    can_change = {name for name, those in found.items() if any(map(operators, those.values()))}
+    assert can_change - WITHOUT == set(CHECKS)
 
 
 @pytest.mark.parametrize(
