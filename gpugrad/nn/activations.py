@@ -339,7 +339,7 @@ class PReLU(Module):
     start at `init`. He et al., arXiv:1502.01852.
 
     >>> import gpugrad as gg
-    >>> PReLU()(gg.tensor([-2.0, 3.0]))
+    >>> PReLU()(gg.tensor([-2.0, 3.0])).detach()
     tensor([-0.5,  3. ])
     """
 
