@@ -70,6 +70,9 @@ class Backend:
     #: False where an array cannot be changed after it was made (JAX).
     mutable = True
 
+    #: Whether arrays lie in host memory, where looking at their elements costs no waiting.
+    on_host = False
+
     def __init__(self, name: str, xp: Any, prefix: str, types: tuple[type, ...]) -> None:
         self.name = name
         self.xp = xp

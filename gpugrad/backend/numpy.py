@@ -29,6 +29,7 @@ class NumpyBackend(Backend):
     """NumPy 2's main namespace is an Array API namespace already."""
 
     own: ClassVar[dict[str, Callable[..., Any]]] = {"matmul": _matmul}
+    on_host = True
 
     def __init__(self) -> None:
         super().__init__("numpy", np, "cpu", (np.ndarray, np.generic))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import shlex
 import signal
@@ -266,7 +267,10 @@ def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None, tensorboar
     if course.epoch or course.step:
         out.print(f"going on after epoch {course.epoch}, step {course.step} of the next")
     with ExitStack() as stack:
-        watch: Watch = stack.enter_context(Display(out, config.epochs, course.epoch))
+        stack.enter_context(_compiling_told())
+        watch: Watch = stack.enter_context(
+            Display(out, config.epochs, course.epoch, course.task.unit)
+        )
         if tensorboard:
             from gpugrad.cli.tensorboard import TensorBoard
 
@@ -349,6 +353,28 @@ def sample(
             out.file.write(text)
             out.file.flush()
         out.print()
+
+
+@contextmanager
+def _compiling_told() -> Iterator[None]:
+    """Say why nothing seems to happen when kernels are compiled, once."""
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.removeHandler(self)
+            out.print(
+                "compiling kernels for this processor, which takes some seconds; they are kept"
+            )
+
+    log, handler = logging.getLogger("gpugrad.kernels"), Told()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _resume_command(course: Run, data_dir: Path | None) -> str:

@@ -21,8 +21,9 @@ class Display:
     On a terminal one bar moves; into a file or a pipe goes one line per epoch.
     """
 
-    def __init__(self, console: Console, epochs: int, done: int) -> None:
+    def __init__(self, console: Console, epochs: int, done: int, unit: str = "samples") -> None:
         self.console = console
+        self.unit = unit
         self.epochs = epochs
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -62,7 +63,7 @@ class Display:
                 epoch=f"{reading.epoch}/{self.epochs}",
                 text=(
                     f"loss {reading.loss:.4f}  accuracy {reading.accuracy:.1%}  "
-                    f"norm {reading.grad_norm:.3g}  {reading.samples_per_second:,.0f} samples/s"
+                    f"norm {reading.grad_norm:.3g}  {reading.samples_per_second:,.0f} {self.unit}/s"
                 ),
             )
 
@@ -73,7 +74,7 @@ class Display:
                 f"epoch {row['epoch']}/{self.epochs}: loss {row['loss']:.4f}, "
                 f"train {row['train_accuracy']:.2%}, test {row['test_accuracy']:.2%}, "
                 f"gradient norm {row['grad_norm']:.3g}, {row['seconds']:.2f} s, "
-                f"{row['samples_per_second']:,.0f} samples/s",
+                f"{row['samples_per_second']:,.0f} {self.unit}/s",
                 soft_wrap=True,
                 highlight=False,
             )

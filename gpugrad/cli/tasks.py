@@ -13,7 +13,7 @@ import numpy as np
 from gpugrad import models, nn
 from gpugrad import ops as gg
 from gpugrad.backend import as_dtype
-from gpugrad.cli.config import Config, is_text
+from gpugrad.cli.config import Config, ConfigError, is_text
 from gpugrad.core.conversion import asarray
 from gpugrad.core.tensor import Tensor
 from gpugrad.data import DataLoader, DeviceLoader, LabelledDataset, SequenceDataset, load
@@ -33,9 +33,16 @@ TEST_WINDOWS = 1024
 
 
 class Task(Protocol):
-    """Data, the net for them, and how well it does."""
+    """Data, the net for them, and how well it does.
+
+    Attributes
+    ----------
+    name, unit:
+        What the data are called, and what is counted of them.
+    """
 
     name: str
+    unit: str
 
     def net(self, config: Config) -> nn.Module:
         """The net that learns them, newly initialised."""
@@ -61,6 +68,8 @@ class Task(Protocol):
 
 class Classes:
     """Examples, each of one class."""
+
+    unit = "samples"
 
     def __init__(self, data: LabelledDataset) -> None:
         self.data = data
@@ -89,8 +98,6 @@ class Classes:
         )  # fmt: skip
 
     def _picture(self) -> tuple[int, int, int]:
-        from gpugrad.cli.config import ConfigError
-
         shape = self.data.feature_shape
         if len(shape) == 2:
             return (1, *shape)
@@ -163,6 +170,8 @@ class _Augmented:
 
 class NextToken:
     """A text, and at each of its places the token that follows."""
+
+    unit = "tokens"
 
     def __init__(self, text: Text, name: str) -> None:
         self.text = text

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from gpugrad.data.batching import batches
 from gpugrad.data.collate import default_collate, default_convert
 from gpugrad.data.datasets import NAMES, LabelledDataset, load
 from gpugrad.data.errors import (
@@ -51,7 +50,6 @@ __all__ = [
     "SubsetRandomSampler",
     "TensorDataset",
     "WeightedRandomSampler",
-    "batches",
     "default_collate",
     "default_convert",
     "load",

@@ -156,6 +156,6 @@ class DeviceLoader:
         m = SPACES[type(x.data)]
         if order is None:
             return tensor_of(m.getitem(x.data, rows))
-        if x.device == "cpu":
+        if m.on_host:
             return tensor_of(take_rows(x.data, order[rows]))
         return tensor_of(m.take(x.data, m.getitem(order, rows), axis=0))

@@ -58,8 +58,8 @@ def _check_classes(name: str, input: Array, target: Array, weight: Array | None)
 
 
 def _check_range(name: str, m: Backend, target: Array, ignore_index: int, classes: int) -> None:
-    """Name the first target that is no class; on the CPU only, where looking costs no waiting."""
-    if m.prefix != "cpu":
+    """Name the first target that is no class; where looking costs no waiting."""
+    if not m.on_host:
         return
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():

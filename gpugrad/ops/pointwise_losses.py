@@ -75,8 +75,8 @@ def _mean_by_weight(name: str, loss: Tensor, weight: Any, reduction: str) -> Ten
 
 
 def _refuse_elements(name: str, x: Tensor, bad: Any, what: str) -> None:
-    """Name the first element that is ``bad``; on the CPU only, where looking costs no waiting."""
-    if x.backend.prefix != "cpu":
+    """Name the first element that is ``bad``; where looking costs no waiting."""
+    if not x.backend.on_host:
         return
     found = np.asarray(bad(x.data))
     if found.any():

@@ -8,6 +8,7 @@ through it: a *serial* function runs over one-dimensional slices and is compiled
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -322,6 +323,10 @@ def _describe_code(code: CodeType, digest: Any) -> set[str]:
     return names
 
 
+#: Told before a kernel is compiled that is not on disk.
+_log = logging.getLogger("gpugrad.kernels")
+
+
 class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes: ClassVar[list[type]] = [_Locator]
 
@@ -330,6 +335,12 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     """Numba's cache in a folder of ours, safe for processes that write at the same time."""
 
     _impl_class = _Impl
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        found = super().load_overload(sig, target_context)
+        if found is None:
+            _log.info("compiling %s", self._py_func.__name__)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         # A cache that cannot be written (a read-only home) costs time, not the result.
