@@ -6,6 +6,12 @@ cache line; what lies between them stays zero. Tensors keep their shapes and nam
 arrays are now views. A step is then one pass over the gradients, for their norm, and one over
 everything, for the update, however many parameters there are.
 
+Parameters stored in two bytes, float16 or bfloat16, have a *master* among their state, the same
+values in float32, and all their state is in float32. An update runs on the masters, and the
+parameters are the masters rounded: a change too small for two bytes is not lost, it adds up. An
+element that somebody else has changed since the last step, by loading a state dict for instance,
+counts as what it is now.
+
 Some arrays stay where they are, and their parameters are updated one by one, with the same results:
 
 * a parameter whose array something else holds too: another tensor made by `detach()`, a view, a
@@ -34,7 +40,10 @@ from gpugrad.backend.memory import ALIGNMENT, Buffer, buffer
 from gpugrad.core.graph import Leaf, Mark, mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 
-__all__ = ["Arena", "Place", "Span", "arenas_of", "leaf_of"]
+__all__ = ["MASTER", "Arena", "Place", "Span", "arenas_of", "leaf_of"]
+
+#: The state that holds the values of narrow parameters in float32.
+MASTER = "master"
 
 Reference = Callable[[], Any]
 
@@ -128,6 +137,8 @@ class Span:
         Its first element in the arena.
     inside:
         Whether parameters and gradients are in the buffers.
+    states:
+        The arrays of the state. Where parameters are narrow, their masters are the first.
     """
 
     arena: Arena
@@ -138,6 +149,27 @@ class Span:
     start: int
     inside: bool
     states: list[Array] = field(default_factory=list)
+
+    def operands(self) -> tuple[Array, Array, list[Array]]:
+        """Parameters, gradients and states to compute with: of narrow ones, in float32."""
+        arena = self.arena
+        if not arena.narrow:
+            return self.p, self.g, self.states
+        m, wide = arena.space, arena.space.dtype("float32")
+        master, *states = self.states
+        # Nothing is compared where it lies: what rounds to the parameter is its master.
+        known = m.astype(master, self.p.dtype) == self.p
+        fresh = m.where(known, master, m.astype(self.p, wide))
+        if m.mutable:
+            m.setitem(master, ..., fresh)
+            fresh = master
+        return fresh, m.astype(self.g, wide), states
+
+    def round(self) -> None:
+        """Give narrow parameters the values of their masters, after an update in place."""
+        if self.arena.narrow:
+            m = self.arena.space
+            m.setitem(self.p, ..., m.astype(self.states[0], self.p.dtype))
 
     def mark(self) -> None:
         """Note that the parameters have changed."""
@@ -159,6 +191,8 @@ class Arena:
         The number of the parameter group.
     size:
         Elements of each buffer.
+    narrow:
+        Whether parameters have two bytes, and masters.
     p, g, states:
         The buffers; None, and empty, in a library that has none. Those that are not trained have no
         `g`.
@@ -175,22 +209,24 @@ class Arena:
         self.numpy_dtype = space.numpy_dtype(first)
         self.device = space.device(first)
         del first  # a reference of ours would look like somebody else's
+        self.narrow = self.numpy_dtype.itemsize < 4
+        self.state_dtype = np.dtype("float32") if self.narrow else self.numpy_dtype
         unit = max(1, ALIGNMENT // self.numpy_dtype.itemsize)
         self.places: list[Place] = []
         self.size = 0
         for tensor in tensors:
             self.places.append(Place(self, tensor, self.size))
             self.size += -(-tensor.size // unit) * unit
-        self.p = self._buffer()
-        self.g = self._buffer() if trains else None
+        self.p = self._buffer(self.numpy_dtype)
+        self.g = self._buffer(self.numpy_dtype) if trains else None
         self.states: dict[str, Buffer] = {}
         self.marks = Mark()
         if self.p is not None:
             for place in self.places:
                 self.settle(place, by_force=True)
 
-    def _buffer(self) -> Buffer | None:
-        return buffer(self.space, self.size, self.numpy_dtype, self.device)
+    def _buffer(self, dtype: np.dtype[Any]) -> Buffer | None:
+        return buffer(self.space, self.size, dtype, self.device)
 
     def takes(self, x: Array, shape: tuple[int, ...]) -> bool:
         """Whether an array could be one of this shape in the arena."""
@@ -248,10 +284,11 @@ class Arena:
         if self.p is None:
             if not isinstance(value, float):
                 return tensor_of(value)
-            zeros = space.zeros_like(place.tensor.data)
-            return tensor_of(zeros + value if value else zeros)
+            dtype = space.dtype(self.state_dtype.name)
+            made = space.zeros_like(place.tensor.data, dtype=dtype)
+            return tensor_of(made + value if value else made)
         if name not in self.states:
-            made = self._buffer()
+            made = self._buffer(self.state_dtype)
             assert made is not None
             self.states[name] = made
         array, _ = self.states[name].lend(place.start, place.shape)

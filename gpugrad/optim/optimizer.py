@@ -11,7 +11,7 @@ from gpugrad.core.modes import enable_grad
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import ParameterError
 from gpugrad.nn.module import check_state, clear_grads
-from gpugrad.optim.arena import Arena
+from gpugrad.optim.arena import MASTER, Arena
 from gpugrad.optim.errors import OptimizerError
 from gpugrad.optim.flat import CLIPPED, FIRST, SKIPPED
 from gpugrad.optim.plan import Plan, fits, lay_out, make_plan
@@ -364,8 +364,16 @@ class Optimizer:
             if number in kept:
                 new[p] = kept[number]
                 arrays = {k: v for k, v in kept[number].items() if k != "step"}
-                own |= {f"{number}.{name}": p.detach() for name in wanted}
-                found |= {f"{number}.{name}": asarray(v) for name, v in arrays.items()}
+                narrow = p.dtype.itemsize < 4
+                if narrow and MASTER in arrays:
+                    wanted = (MASTER, *wanted)
+                like = p.detach().to("float32") if narrow else p.detach()
+                own |= {f"{number}.{name}": like for name in wanted}
+                for name, value in arrays.items():
+                    x = asarray(value)
+                    # PyTorch keeps the state of narrow parameters as narrow as they are.
+                    narrow_too = narrow and x.dtype == p.dtype and name != MASTER
+                    found[f"{number}.{name}"] = x.to("float32") if narrow_too else x
         check_state(own, found, type(self).__name__)
         for p, values in new.items():
             for name, value in values.items():

@@ -14,7 +14,7 @@ from typing import Any
 from gpugrad.backend import SPACES
 from gpugrad.core.graph import Leaf
 from gpugrad.core.tensor import Tensor, tensor_of
-from gpugrad.optim.arena import Arena, Place, Span, arenas_of
+from gpugrad.optim.arena import MASTER, Arena, Place, Span, arenas_of
 from gpugrad.optim.rules import UpdateRule
 
 __all__ = ["Plan", "fits", "lay_out", "make_plan"]
@@ -107,7 +107,7 @@ def make_plan(
             leaf = place.tensor._node
             if isinstance(leaf, Leaf) and leaf.grad is not None:
                 active.append((place.tensor, place))
-                _prepare(place, arena, state, names[arena.group], rule.initial(group), counts)
+                _prepare(place, arena, state, _kept(arena, names), rule.initial(group), counts)
             else:
                 idle.append(place.tensor)
     counts.part([state[t] for t, _ in active], [state[t] for t in idle if t in state])
@@ -117,7 +117,7 @@ def make_plan(
         by_arena.setdefault(id(place.arena), []).append((place, state[tensor]["step"]))
     spans: list[Span] = []
     for arena in (arena for group in arenas for arena in group):
-        spans += arena.spans(by_arena.get(id(arena), []), names[arena.group])
+        spans += arena.spans(by_arena.get(id(arena), []), _kept(arena, names))
     steps = list({id(span.step): span.step for span in spans}.values())
     lasts = all(span.inside for span in spans)
     params = [list(group["params"]) for group in groups]
@@ -132,6 +132,11 @@ def _same(groups: Sequence[Group], params: Sequence[Sequence[Tensor]]) -> bool:
     )
 
 
+def _kept(arena: Arena, names: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The state arrays of parameters in an arena."""
+    return (MASTER, *names[arena.group]) if arena.narrow else names[arena.group]
+
+
 def _prepare(
     place: Place, arena: Arena, state: State, names: Sequence[str], initial: float, counts: _Counts
 ) -> None:
@@ -139,12 +144,14 @@ def _prepare(
     kept = state.get(place.tensor)
     if kept is not None and kept is place.kept and all(name in kept for name in names):
         return
-    if kept is None or any(name not in kept for name in names):
+    if kept is None or any(name not in kept for name in names if name != MASTER):
         kept = state[place.tensor] = {"step": counts.at(arena, 0)}
-        values: dict[str, Any] = dict.fromkeys(names, initial)
+        values: dict[str, Any] = {name: initial for name in names if name != MASTER}
     else:
         kept["step"] = counts.at(arena, kept["step"])
-        values = {name: _brought(kept[name], arena) for name in names}
+        values = {name: _brought(kept[name], arena) for name in names if name in kept}
+    if MASTER in names and MASTER not in values:  # none is in a state that PyTorch has saved
+        values[MASTER] = _brought(place.tensor, arena)
     for name, value in values.items():
         kept[name] = arena.new_state(place, name, value)
     place.kept = kept
@@ -152,7 +159,7 @@ def _prepare(
 
 def _brought(value: Tensor, arena: Arena) -> Any:
     """The array of a state, of the arena's library, dtype and device."""
-    here = value.detach().to(arena.device, arena.numpy_dtype)
+    here = value.detach().to(arena.device, arena.state_dtype)
     return here.data
 
 

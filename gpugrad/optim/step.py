@@ -20,7 +20,7 @@ from gpugrad.core.graph import mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import DeviceError
 from gpugrad.nn.utils import NonFiniteGradientError
-from gpugrad.optim.arena import Span
+from gpugrad.optim.arena import MASTER, Span
 from gpugrad.optim.flat import (
     FIRST,
     advance,
@@ -149,7 +149,9 @@ def run_step(
         nonfinite = "skip" if getattr(scaler, "is_enabled", lambda: True)() else nonfinite
     looks = nonfinite != "propagate" or scaler is not None or any(s.policy for s in shares)
     if looks and scaler is None and _is_common(shares, nonfinite):
-        _run_common(shares[0], groups, rule, report, nonfinite)
+        (span,) = shares[0].spans
+        run = span.arena.space.bind(_run_common)
+        run(span.g, shares[0], groups, rule, report, nonfinite)
         return
     places = {(s.arena.space.name, s.arena.device): s for s in plan.spans}
     if looks and len(places) > 1:
@@ -183,6 +185,7 @@ def _is_common(shares: Sequence[_Share], nonfinite: str) -> bool:
 
 
 def _run_common(
+    like: Array,
     share: _Share,
     groups: Sequence[dict[str, Any]],
     rule: UpdateRule,
@@ -191,13 +194,14 @@ def _run_common(
 ) -> None:
     (span,) = share.spans
     m, group = span.arena.space, groups[span.arena.group]
-    norm, coefficient, found = m.bind(flat_step)(
+    p, g, states = span.operands()
+    norm, coefficient, found = flat_step(
         m,
-        span.p,
-        span.g,
-        *span.states,
+        p,
+        g,
+        *states,
         count=span.step.data,
-        found=report.found(m, span.g),
+        found=report.found(m, like),
         base=span.arena.base + span.start,
         bound=share.policy.max_norm,
         nonfinite=nonfinite,
@@ -206,7 +210,8 @@ def _run_common(
         numbers=rule.numbers(group),
     )
     report.note(found)
-    report.note_clip(norm, coefficient, span.g)
+    report.note_clip(norm, coefficient, like)
+    span.round()
     span.mark()
 
 
@@ -346,11 +351,12 @@ class _Step:
         self, span: Span, count: Array, factor: Array | None, skip: Array | None, zero: bool
     ) -> None:
         group = self.groups[span.arena.group]
+        p, g, states = span.operands()
         out = flat_update(
             self.m,
-            span.p,
-            span.g,
-            *span.states,
+            p,
+            g,
+            *states,
             count=count,
             factor=factor,
             skip=skip,
@@ -359,7 +365,9 @@ class _Step:
             flags=self.rule.flags(group),
             numbers=self.rule.numbers(group),
         )
-        if not self.m.mutable:
+        if self.m.mutable:
+            span.round()
+        else:
             self._replace(span, out)
         span.mark()
 
@@ -368,5 +376,8 @@ class _Step:
         (place,) = span.places
         assert place.kept is not None
         names = self.rule.state(self.groups[span.arena.group])
+        if span.arena.narrow:
+            arrays = self.m.astype(arrays[0], span.p.dtype), *arrays
+            names = MASTER, *names
         for target, new in zip((place.tensor, *(place.kept[name] for name in names)), arrays):
             target.data = new
