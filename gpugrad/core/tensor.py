@@ -21,6 +21,7 @@ from gpugrad.core.graph import (
     through_hooks,
     walk,
 )
+from gpugrad.core.handle import RemovableHandle
 from gpugrad.core.modes import is_grad_enabled
 from gpugrad.core.primitive import differentiable
 from gpugrad.errors import DeviceError, DTypeError, GraphError, InplaceError, ShapeError
@@ -177,18 +178,18 @@ class Tensor:
         if not isinstance(self._node, Leaf):
             extra_of(self._node).retain = True
 
-    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call ``hook`` with the complete gradient of this tensor in every backward pass.
 
         What the hook returns, unless None, takes the gradient's place: a tensor of the same shape.
-        It must not change the gradient in place. Returns a function that removes the hook.
+        It must not change the gradient in place. Returns what removes the hook.
         """
         if self._node is None:
             raise GraphError("register_hook: this tensor does not require a gradient")
         hooks = extra_of(self._node).hooks
         key = next_seq()  # never given twice, so that a removal finds its own hook only
         hooks[key] = hook
-        return lambda: hooks.pop(key, None) and None
+        return RemovableHandle(lambda: hooks.pop(key, None))
 
     def detach(self) -> Tensor:
         """A tensor of the same array outside the graph. Nothing is copied."""

@@ -49,7 +49,7 @@ def name_of(module: Module) -> str | None:
     ('gelu_tanh', None)
     """
     found = _NAMES.get(type(module))  # a subclass may compute something else
-    if found is None or module._hooks or module._pre_hooks:
+    if found is None or module._hooks:
         return None
     return found if isinstance(found, str) else found(module)
 

@@ -99,7 +99,7 @@ class Sequential(_Ordered):
     Takes modules, or one mapping from names to modules. Index and slice it like a list.
 
     A layer and the activation behind it are computed as one operation where there is one, such as
-    `Linear` and `Tanh`; a forward hook on either keeps them apart. So are many small layers in a
+    `Linear` and `Tanh`; a hook on either keeps them apart. So are many small layers in a
     row, if all have the same activation.
 
     >>> import gpugrad.nn as nn
@@ -161,7 +161,6 @@ def _chain(modules: list[Module], start: int, name: str) -> list[Parameter]:
             type(layer) is not Linear
             or layer.bias is None
             or layer._hooks
-            or layer._pre_hooks
             or name_of(activation) != name
         ):
             break

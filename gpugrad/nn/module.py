@@ -9,10 +9,12 @@ import numpy as np
 
 from gpugrad.backend import as_dtype
 from gpugrad.core.conversion import asarray, tensor
+from gpugrad.core.handle import RemovableHandle
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import GpugradError
 from gpugrad.nn.errors import ModuleError, StateDictError
+from gpugrad.nn.hooks import Watch
 
 __all__ = ["IncompatibleKeys", "Module", "Parameter"]
 
@@ -56,14 +58,13 @@ class Module:
     # Replaced, never changed, on an instance that has some: most modules have none, and a subclass
     # that forgets super().__init__() works all the same.
     _buffers: Mapping[str, bool] = {}  # name → persistent
-    _hooks: Mapping[int, Hook] = {}
-    _pre_hooks: Mapping[int, Hook] = {}
+    _hooks: Mapping[str, Mapping[int, Hook]] = {}  # kind → number → hook
 
     # -- running ----------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            if self._hooks or self._pre_hooks:
+            if self._hooks:
                 return self._run_with_hooks(args, kwargs)
             return self.forward(*args, **kwargs)
         except Exception as error:
@@ -75,40 +76,78 @@ class Module:
             raise
 
     def _run_with_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for hook in list(self._pre_hooks.values()):
+        for hook in self._hooks_of("forward_pre"):
             changed = hook(self, args)
             if changed is not None:
                 args = changed if isinstance(changed, tuple) else (changed,)
+        watched = "backward" in self._hooks or "backward_pre" in self._hooks
+        if watched:
+            watch = Watch(self, self._hooks_of("backward"), self._hooks_of("backward_pre"))
+            args = watch.enter(args)
         out = self.forward(*args, **kwargs)
-        for hook in list(self._hooks.values()):
+        for hook in self._hooks_of("forward"):
             changed = hook(self, args, out)
             if changed is not None:
                 out = changed
-        return out
+        return watch.leave(out) if watched else out
 
-    def register_forward_hook(self, hook: Hook) -> Callable[[], None]:
+    def _hooks_of(self, kind: str) -> list[Hook]:
+        return list(self._hooks.get(kind, {}).values())
+
+    def register_forward_hook(self, hook: Hook) -> RemovableHandle:
         """Call `hook(module, args, output)` after every forward; returns what removes it.
 
         What the hook returns, unless None, takes the output's place.
         """
-        return self._add_hook("_hooks", hook)
+        return self._add_hook("forward", hook)
 
-    def register_forward_pre_hook(self, hook: Hook) -> Callable[[], None]:
+    def register_forward_pre_hook(self, hook: Hook) -> RemovableHandle:
         """Call `hook(module, args)` before every forward; returns what removes it.
 
         What the hook returns, unless None, takes the arguments' place.
         """
-        return self._add_hook("_pre_hooks", hook)
+        return self._add_hook("forward_pre", hook)
 
-    def _add_hook(self, table: str, hook: Hook) -> Callable[[], None]:
-        hooks = getattr(self, table)
+    def register_full_backward_hook(self, hook: Hook) -> RemovableHandle:
+        """Call `hook(module, grad_input, grad_output)` once the gradients of the inputs are known.
+
+        Both are tuples: for each positional argument and each output that is a tensor with a
+        gradient, the gradient, and None for what else there is. What the hook returns, unless None,
+        takes the place of `grad_input`; nothing may be changed in place. Where no input requires a
+        gradient, it is called with what has arrived at the outputs. Returns what removes the hook.
+
+        >>> import gpugrad as gg
+        >>> from gpugrad import nn
+        >>> layer = nn.Linear(2, 3)
+        >>> norms = []
+        >>> with layer.register_full_backward_hook(
+        ...     lambda module, grad_input, grad_output: norms.append(grad_output[0].shape)
+        ... ):
+        ...     layer(gg.ones((4, 2))).sum().backward()
+        >>> norms
+        [(4, 3)]
+        """
+        return self._add_hook("backward", hook)
+
+    def register_full_backward_pre_hook(self, hook: Hook) -> RemovableHandle:
+        """Call `hook(module, grad_output)` before the gradients of the inputs are computed.
+
+        What the hook returns, unless None, takes the place of `grad_output`, a tuple as in
+        `register_full_backward_hook`. Returns what removes the hook.
+        """
+        return self._add_hook("backward_pre", hook)
+
+    def _add_hook(self, kind: str, hook: Hook) -> RemovableHandle:
+        hooks = self._hooks.get(kind, {})
         key = max(hooks, default=-1) + 1
-        setattr(self, table, {**hooks, key: hook})
+        self._hooks = {**self._hooks, kind: {**hooks, key: hook}}
 
         def remove() -> None:
-            setattr(self, table, {k: h for k, h in getattr(self, table).items() if k != key})
+            left = {k: h for k, h in self._hooks.get(kind, {}).items() if k != key}
+            others = {k: table for k, table in self._hooks.items() if k != kind}
+            self._hooks = {**others, kind: left} if left else others
 
-        return remove
+        return RemovableHandle(remove)
 
     # -- putting together -------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def _activation(layer: str, activation: Activation) -> Callable[[Tensor], Tensor
 
 def normed_sum(norm: Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """``norm(x + residual)`` and the sum, in one operation where the norm is a plain LayerNorm."""
-    if type(norm) is not LayerNorm or norm._hooks or norm._pre_hooks or x.shape != residual.shape:
+    if type(norm) is not LayerNorm or norm._hooks or x.shape != residual.shape:
         total = x + residual
         return norm(total), total
     axes = len(norm.normalized_shape)
