@@ -20,6 +20,8 @@ def scores_shape(
     size = (q[-2], k[-2])
     try:
         if attn_mask is not None:
+            if len(attn_mask.shape) < 2:
+                return None
             batches.append(attn_mask.shape[:-2])
             if np.broadcast_shapes(attn_mask.shape[-2:], size) != size:
                 return None

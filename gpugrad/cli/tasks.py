@@ -195,15 +195,25 @@ class NextToken:
             )  # fmt: skip
         return models.RecurrentLM(size, config.model, config.width, config.depth, **common)
 
+    def _windows(self, tokens: Any, config: Config) -> SequenceDataset:
+        shorter = min(len(self.text.train), len(self.text.validation))
+        if config.context >= shorter:
+            raise ConfigError(
+                f"--context {config.context} is too long for {self.text.source}: its shorter part "
+                f"has {shorter:,} tokens; pass --context {max(1, shorter - 1)} or less, or give it "
+                "a longer text"
+            )
+        return SequenceDataset(tokens, config.context)
+
     def loader(self, config: Config, device: str, generator: Generator) -> Any:
-        windows = SequenceDataset(self.text.train, config.context)
+        windows = self._windows(self.text.train, config)
         return DataLoader(
             windows, config.batch_size, shuffle=True, drop_last=len(windows) > config.batch_size,
             num_workers=1, generator=generator, device=device,
         )  # fmt: skip
 
     def test_batches(self, config: Config, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-        windows = SequenceDataset(self.text.validation, config.context)
+        windows = self._windows(self.text.validation, config)
         count = min(len(windows), TEST_WINDOWS)
         # Evenly over the whole: neighbours are alike.
         chosen = np.linspace(0, len(windows) - 1, count).astype(np.int64)

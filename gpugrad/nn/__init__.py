@@ -34,7 +34,7 @@ from gpugrad.nn.activations import (
 )
 from gpugrad.nn.attention import MultiheadAttention
 from gpugrad.nn.containers import ModuleList, Sequential
-from gpugrad.nn.convolution import Conv1d, Conv2d
+from gpugrad.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpugrad.nn.errors import ModuleError, StateDictError
 from gpugrad.nn.layers import Dropout, Embedding, Flatten, Identity, Linear
 from gpugrad.nn.losses import (
@@ -82,6 +82,8 @@ __all__ = [
     "CELU",
     "Conv1d",
     "Conv2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
     "CosineEmbeddingLoss",
     "CosineSimilarity",
     "CrossEntropyLoss",

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from itertools import pairwise
 from typing import Any
 
@@ -220,6 +221,11 @@ def summary(model: Module, *inputs: Any, depth: int | None = None) -> Summary:
     """
     if depth is not None and depth < 0:
         raise ParameterError(f"summary: depth={depth}; it is 0 for the whole net alone, or more")
+    if not inputs and _wants_input(model):
+        raise ParameterError(
+            f"summary: {type(model).__name__} needs an input to run on; give the shape of one, "
+            "such as summary(model, (8, 32))"
+        )
     first = next(model.parameters(), None)
     device = "cpu" if first is None else first.device
     values = [_input(x, device) for x in inputs]
@@ -231,6 +237,16 @@ def summary(model: Module, *inputs: Any, depth: int | None = None) -> Summary:
 
 
 # -- what the net is called with ------------------------------------------------------------------
+
+
+def _wants_input(model: Module) -> bool:
+    """Whether `forward` has an argument that must be given."""
+    forward = getattr(model, "forward", None)
+    if forward is None:
+        return False  # the call says so
+    named = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature(forward).parameters.values()
+    return any(p.kind in named and p.default is Parameter.empty for p in parameters)
 
 
 def _input(value: Any, device: str) -> Any:

@@ -172,6 +172,11 @@ def _explain(query: Array, key: Array, value: Array, attn_mask: Array | None) ->
             "broadcast; with fewer heads of keys than of queries, pass enable_gqa=True"
         )
     assert attn_mask is not None
+    if len(attn_mask.shape) < 2:
+        return ShapeError(
+            f"{met}: attn_mask of shape {tuple(attn_mask.shape)} has no axes for queries and keys; "
+            "reshape it to two axes, of length 1 where all are alike"
+        )
     return ShapeError(
         f"{met}: attn_mask of shape {tuple(attn_mask.shape)} does not broadcast to "
         f"{(*batch, q[-2], k[-2])}, (..., queries, keys); reshape it, or give it axes of length 1"

@@ -578,3 +578,12 @@ def test_the_result_does_not_depend_on_what_ran_before(tmp_path) -> None:
     Run(Config("digits", seed=9), digits(), "cpu", tmp_path)
     small(tmp_path / "b", 1).train(Silent())
     assert tensors(tmp_path / "a") == tensors(tmp_path / "b")
+
+
+def test_a_context_longer_than_the_text(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("to be or not to be, that is the question\n" * 20, encoding="utf-8")
+    code, _, err = command("train", str(text), "--context", "5000", cwd=tmp_path)
+    assert code == 1
+    assert "--context 5000 is too long for" in err
+    assert "pass --context" in err

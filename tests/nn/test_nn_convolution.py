@@ -241,6 +241,47 @@ def test_transposes(axes, options):
           normal(shape[1:]), weight)  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2, "padding": 1, "output_padding": 1}, {"groups": 2, "bias": False},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("axes", [1, 2])
+def test_transposed_layers(axes, options):
+    ours, theirs = both(f"ConvTranspose{axes}d", 6, 4, 3, **options)
+    assert {k: tuple(v.shape) for k, v in ours.state_dict().items()} == {
+        k: tuple(v.shape) for k, v in theirs.state_dict().items()
+    }
+    assert repr(ours) == repr(theirs)
+    x = normal((2, 6, 7, 5)[: 2 + axes])
+    agree(ours, theirs, x)
+    if options.get("stride") == 2:
+        torch = torch_module()
+        size = [14, 10][:axes]
+        y = ours(gg.tensor(x), output_size=size)
+        assert y.shape[2:] == tuple(size)
+        want = theirs(torch.tensor(x), output_size=size)
+        np.testing.assert_allclose(y.detach().numpy(), want.detach().numpy(), rtol=1e-9, atol=1e-9)
+
+
+def test_transposed_layers_start_as_in_pytorch():
+    torch = torch_module()
+    ours, theirs = (lib.ConvTranspose2d(32, 64, 3, groups=2) for lib in (nn, torch.nn))
+    for name in ("weight", "bias"):
+        mine, other = getattr(ours, name).detach().numpy(), getattr(theirs, name).detach().numpy()
+        assert np.isclose(np.abs(mine).max(), np.abs(other).max(), rtol=0.1)
+
+
+def test_transposed_layers_refuse():
+    layer = nn.ConvTranspose2d(3, 4, 3, stride=2)
+    with pytest.raises(
+        ShapeError, match=r"ConvTranspose2d 3->4: input of shape \(1, 2, 4, 4\) has 2"
+    ):
+        layer(gg.zeros((1, 2, 4, 4)))
+    with pytest.raises(ShapeError, match=r"output_size=\(9, 12\) .* \(9, 9\) to \(10, 10\) can"):
+        layer(gg.zeros((1, 3, 4, 4)), output_size=(9, 12))
+    with pytest.raises(ParameterError, match="padding='same'; a transposed"):
+        nn.ConvTranspose1d(3, 4, 3, padding="same")
+
+
 # -- what does not fit -----------------------------------------------------------------------------
 
 

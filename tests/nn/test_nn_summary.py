@@ -488,6 +488,17 @@ def test_an_input_that_is_none(wrong):
         nn.summary(nn.Linear(2, 2), wrong)
 
 
+def test_a_net_that_wants_an_input():
+    with pytest.raises(ParameterError, match=r"summary: Linear needs an input.*\(8, 32\)"):
+        nn.summary(nn.Linear(2, 2))
+
+    class Own(nn.Module):
+        def forward(self, x=None):
+            return gg.ones((2,))
+
+    assert nn.summary(Own()).total_flops == 0
+
+
 def test_a_depth_that_is_none():
     with pytest.raises(ParameterError, match="depth=-1"):
         nn.summary(nn.Linear(2, 2), (2, 2), depth=-1)

@@ -198,6 +198,11 @@ BAD = [
 ]  # fmt: skip
 
 
+def test_the_primitive_wants_two_axes_of_a_mask() -> None:
+    with pytest.raises(ShapeError, match=r"attn_mask of shape \(5,\) has no axes for queries"):
+        attention(gg.asarray(Q), gg.asarray(K), gg.asarray(V), gg.asarray(np.ones(5, bool)))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("operands", "options", "error", "text"), BAD)
 def test_operands_that_do_not_fit(operands, options, error, text, device) -> None:
