@@ -69,6 +69,8 @@ class Config:
     context: int = _of(64, "Tokens that a text model reads at once.", least=1)
     activation: str = _of("relu", "What follows a layer.", choices=tuple(ACTIVATIONS))
     norm: bool = _of(False, "Normalise in mlp and cnn.")
+    residual: bool = _of(False, "A way around each hidden layer of mlp.")
+    gain: float = _of(1.0, "Factor on all weights in the beginning.", least=0)
     dropout: float = _of(0.0, "Share of what is dropped in training.", share=True)
     epochs: int = _of(20, "Times through the data.", least=1, changeable=True)
     batch_size: int = _of(64, "Examples that are computed together.", least=1)

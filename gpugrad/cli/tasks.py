@@ -85,7 +85,7 @@ class Classes:
         if config.model == "mlp":
             return models.MLP(
                 math.prod(shape), classes, config.width, config.depth, config.activation,
-                config.norm, config.dropout, **common,
+                config.norm, config.dropout, config.residual, **common,
             )  # fmt: skip
         channels, height, width = self._picture()
         if config.model == "resnet":

@@ -123,6 +123,16 @@ def _optimizer(config: Config, net: Any) -> optim.Optimizer:
             return optim.AdamW(params, lr, weight_decay=decay)
 
 
+def _scaled(net: Any, gain: float) -> Any:
+    """The net, its weights (what has two axes or more) times a factor."""
+    if gain != 1:
+        with no_grad():
+            for p in net.parameters():
+                if p.ndim > 1:
+                    p *= gain
+    return net
+
+
 class Run:
     """A net, its optimiser and its data, somewhere between the first and the last epoch.
 
@@ -139,7 +149,7 @@ class Run:
         self.sums = _Sums()
         self.history: list[dict[str, Any]] = []
         manual_seed(config.seed)
-        self.net = task.net(config).to(device)
+        self.net = _scaled(task.net(config), config.gain).to(device)
         self.optimizer = _optimizer(config, self.net)
         self.scaler = optim.GradScaler(enabled=config.autocast == "float16")
         # A generator of its own: the order of examples depends on nothing else that is drawn.

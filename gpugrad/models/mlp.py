@@ -26,6 +26,8 @@ class MLP(nn.Sequential):
         Layer normalisation before each activation.
     dropout:
         The share of hidden units that is dropped in training.
+    residual:
+        A way around each hidden layer but the first.
 
     Weights start normally distributed with the variance that keeps the signal's size (He et al.,
     arXiv:1502.01852), biases at zero.
@@ -44,16 +46,18 @@ class MLP(nn.Sequential):
         activation: str = "relu",
         norm: bool = False,
         dropout: float = 0.0,
+        residual: bool = False,
         dtype: Any = None,
     ) -> None:
         super().__init__(nn.Flatten())
-        for _ in range(depth):
-            self.append(_linear(features, width, activation, dtype))
+        for i in range(depth):
+            block: list[nn.Module] = [_linear(features, width, activation, dtype)]
             if norm:
-                self.append(nn.LayerNorm(width, dtype=dtype))
-            self.append(make_activation(activation))
+                block.append(nn.LayerNorm(width, dtype=dtype))
+            block.append(make_activation(activation))
             if dropout:
-                self.append(nn.Dropout(dropout))
+                block.append(nn.Dropout(dropout))
+            self.extend([nn.Residual(*block)] if residual and i else block)
             features = width
         self.append(_linear(features, classes, activation, dtype))
 

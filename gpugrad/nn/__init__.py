@@ -33,7 +33,7 @@ from gpugrad.nn.activations import (
     Threshold,
 )
 from gpugrad.nn.attention import MultiheadAttention
-from gpugrad.nn.containers import ModuleList, Sequential
+from gpugrad.nn.containers import ModuleList, Residual, Sequential
 from gpugrad.nn.convolution import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpugrad.nn.errors import ModuleError, StateDictError
 from gpugrad.nn.layers import Dropout, Embedding, Flatten, Identity, Linear
@@ -130,6 +130,7 @@ __all__ = [
     "RNNCell",
     "ReLU",
     "ReLU6",
+    "Residual",
     "SELU",
     "Sequential",
     "SiLU",

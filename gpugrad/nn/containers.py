@@ -13,7 +13,7 @@ from gpugrad.nn.layers import Linear
 from gpugrad.nn.module import Module, Parameter
 from gpugrad.ops.layers import joins, layers
 
-__all__ = ["ModuleList", "Sequential"]
+__all__ = ["ModuleList", "Residual", "Sequential"]
 
 #: Layers whose `forward` takes the name of an activation, to compute both in one operation.
 TAKES_ACTIVATION: set[type[Module]] = {Conv1d, Conv2d, Linear}
@@ -180,3 +180,23 @@ class ModuleList(_Ordered):
     def __init__(self, modules: Iterable[Module] = ()) -> None:
         super().__init__()
         self.extend(modules)
+
+
+class Residual(Module):
+    """``x + body(x)``: a way around some modules, on which gradients come by as they are.
+
+    Several modules run one after the other. He et al., "Deep residual learning for image
+    recognition", arXiv:1512.03385.
+
+    >>> import gpugrad as gg
+    >>> import gpugrad.nn as nn
+    >>> Residual(nn.Identity())(gg.tensor([1.0, 2.0]))
+    tensor([2., 4.])
+    """
+
+    def __init__(self, *body: Module) -> None:
+        super().__init__()
+        self.body = body[0] if len(body) == 1 else Sequential(*body)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.body(x)

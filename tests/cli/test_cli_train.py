@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpugrad import io
+import gpugrad as gg
+from gpugrad import io, models
 from gpugrad.cli import main
 from gpugrad.cli.config import ACTIVATIONS, Config, ConfigError, make_config
 from gpugrad.cli.tasks import Classes, task_of
@@ -587,3 +588,23 @@ def test_a_context_longer_than_the_text(tmp_path):
     assert code == 1
     assert "--context 5000 is too long for" in err
     assert "pass --context" in err
+
+
+def test_gain_and_residual(tmp_path):
+    plain, scaled = small(tmp_path / "a"), small(tmp_path / "b", gain=3.0)
+    for (name, p), (_, q) in zip(plain.net.named_parameters(), scaled.net.named_parameters()):
+        factor = 3.0 if name.endswith("weight") else 1.0
+        assert np.array_equal(q.detach().numpy(), factor * p.detach().numpy())
+    net = models.MLP(8, 3, width=16, depth=3, residual=True)
+    assert [type(m).__name__ for m in net][1:] == [
+        "Linear",
+        "ReLU",
+        "Residual",
+        "Residual",
+        "Linear",
+    ]
+    x = gg.tensor(np.random.default_rng(0).standard_normal((5, 8)).astype("float32"))
+    h = net[2](net[1](x))
+    for block in (net[3], net[4]):
+        h = h + gg.relu(block.body[0](h))
+    assert np.allclose(net(x).detach().numpy(), net[5](h).detach().numpy(), rtol=1e-5)
