@@ -224,6 +224,15 @@ class Backend:
         copy = self.asarray(host, device=device)
         return lambda: copy
 
+    def read_async(self, x: Array) -> Callable[[], np.ndarray[Any, Any]]:
+        """Begin to bring the elements of ``x`` to the host, behind the work that is queued there.
+
+        The function that comes back waits until they have arrived, and returns them. A library that
+        cannot copy beside its work reads at once.
+        """
+        host = self.to_host(x)
+        return lambda: host
+
     def storage(self, x: Array) -> Any:
         """The object that owns the memory of ``x``: views of one buffer share it."""
         return x

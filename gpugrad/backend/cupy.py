@@ -171,6 +171,11 @@ class CupyBackend(Backend):
             stream = self._copies[int(place)]
             return stream.copy(np.ascontiguousarray(host), partial(self._on, place))
 
+    def read_async(self, x: Array) -> Callable[[], np.ndarray[Any, Any]]:
+        if not x.size:
+            return super().read_async(x)
+        return self._copies[int(self.native_device(self.device(x)))].read(x)
+
     @cached_property
     def _copies(self) -> defaultdict[int, _CopyStream]:
         """The stream of each GPU that copies run on."""
@@ -302,7 +307,7 @@ def _atomically(g: Array, index: Any, shape: tuple[int, ...]) -> Array:
 
 
 class _CopyStream:
-    """A stream of one GPU for copies from the host, beside the stream that computes."""
+    """A stream of one GPU for copies from and to the host, beside the stream that computes."""
 
     def __init__(self) -> None:
         self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -314,9 +319,7 @@ class _CopyStream:
         self, host: np.ndarray[Any, Any], here: Callable[[], AbstractContextManager[Any]]
     ) -> Callable[[], Array]:
         """Begin to copy ``host`` to the current GPU, which ``here`` makes current again."""
-        with self._lock:
-            while self._under_way and self._under_way[0][0].done:
-                self._under_way.popleft()
+        self._forget()
         # The memory belongs to the stream that computes, which may still use what was in it: the
         # copy begins when all that is queued there by now is done.
         out = cupy.empty(host.shape, dtype=host.dtype)
@@ -329,6 +332,29 @@ class _CopyStream:
             with here():
                 cupy.cuda.get_current_stream().wait_event(arrived)
             return out
+
+        return receive
+
+    def _forget(self) -> None:
+        """Let go of the memory of copies that are done."""
+        with self._lock:
+            while self._under_way and self._under_way[0][0].done:
+                self._under_way.popleft()
+
+    def read(self, x: Array) -> Callable[[], np.ndarray[Any, Any]]:
+        """Begin to copy an array of the current GPU to the host."""
+        self._forget()
+        x = cupy.ascontiguousarray(x)
+        host: np.ndarray[Any, Any] = cupyx.empty_pinned(x.shape, x.dtype)
+        self._stream.wait_event(_event(cupy.cuda.get_current_stream()))
+        x.get(stream=self._stream, out=host, blocking=False)
+        arrived = _event(self._stream)
+        # The memory of `x` is not given away before it has been read.
+        self._under_way.append((arrived, (x, host)))
+
+        def receive() -> np.ndarray[Any, Any]:
+            arrived.synchronize()
+            return host
 
         return receive
 

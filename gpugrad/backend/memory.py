@@ -16,10 +16,17 @@ import numpy as np
 
 from gpugrad.backend.base import Array, Backend
 
-__all__ = ["ALIGNMENT", "BUFFERS", "Buffer", "buffer"]
+__all__ = ["ALIGNMENT", "BUFFERS", "NOTED", "Buffer", "buffer", "squares"]
 
 #: Bytes between the places where a part may begin: a cache line, and any vector's width.
 ALIGNMENT = 64
+
+#: Elements of a gradient from which its sum of squares is worth noting.
+NOTED = 1 << 19
+
+#: Σx² of the elements of an array that was lent for a gradient, by the array's `id`: noted by the
+#: kernel that wrote all of them, if it is finite. Who lends an array forgets what was noted of it.
+squares: dict[int, float] = {}
 
 
 class Buffer(Protocol):

@@ -12,7 +12,7 @@ from gpugrad.core.codegen import implement
 from gpugrad.core.primitive import Primitive, registry
 from gpugrad.errors import GraphError
 
-__all__ = ["Notice", "each_call"]
+__all__ = ["Notice", "each_call", "is_told"]
 
 #: Is told the primitive, its operands (arrays, numbers and None), its parameters, and its results.
 Notice = Callable[[Primitive, Sequence[Any], dict[str, Any], Sequence[Any]], None]
@@ -21,9 +21,20 @@ Notice = Callable[[Primitive, Sequence[Any], dict[str, Any], Sequence[Any]], Non
 _turn = RLock()
 
 
+#: Threads that want to be told of each layer by itself.
+_apart: list[int] = []
+
+
+def is_told() -> bool:
+    """Whether this thread is told of every operation, with none that stands for several layers."""
+    return bool(_apart) and get_ident() in _apart
+
+
 @contextmanager
-def each_call(notice: Notice) -> Iterator[None]:
+def each_call(notice: Notice, *, apart: bool = False) -> Iterator[None]:
     """Tell `notice` of every operation that this thread runs inside the block.
+
+    With `apart`, layers that could be one operation are several.
 
     Recorded or not, forward only: derivative rules run on raw arrays. It rides on the table in
     which operations find their implementation, so nothing is paid for it elsewhere.
@@ -39,10 +50,14 @@ def each_call(notice: Notice) -> Iterator[None]:
     """
     with _turn:
         kinds = [kind for kind in SPACES if kind in SPACES[kind].types]
+        if apart:
+            _apart.append(get_ident())
         tellers = [_Teller(made, kind, notice) for made in registry.values() for kind in kinds]
         try:
             yield
         finally:
+            if apart:
+                _apart.remove(get_ident())
             lost = [teller for teller in tellers if not teller.restore()]
     if lost:
         raise GraphError(

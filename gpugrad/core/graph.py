@@ -25,7 +25,7 @@ next_seq: Callable[[], int] = count(1).__next__
 class Leaf:
     """Where a gradient ends up: the graph's side of a tensor that was made with requires_grad."""
 
-    __slots__ = ("extra", "grad", "home", "seq")
+    __slots__ = ("extra", "grad", "home", "seq", "squares")
     kind: ClassVar[int] = LEAF
 
     def __init__(self) -> None:
@@ -34,6 +34,9 @@ class Leaf:
         self.extra: Extra | None = None
         #: Memory that an optimiser keeps for the gradient, or None.
         self.home: Home | None = None
+        #: Σg² of the gradient, where the kernel that wrote it found it out and nobody has added to
+        #: it or looked at it since. Whoever is shown the gradient may change it.
+        self.squares: float | None = None
 
 
 class Home(Protocol):
@@ -419,6 +422,11 @@ def pullback(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[
         return [(node.p0, Bundle({node.index: g}))]
     if node.pull is not None:
         return node.pull(g, wrap)  # type: ignore[no-any-return]
+    return by_rules(node, g, wrap)
+
+
+def by_rules(node: Node, g: Any, wrap: Callable[..., Any] | None) -> list[tuple[Any, Any]]:
+    """:func:`pullback` of a node whose primitive has rules."""
     made = node.primitive
     parents = node.parents()
     metas = node.metas()
@@ -465,6 +473,9 @@ on_register(_rebind)
 
 # -- the walk -------------------------------------------------------------------------------------
 
+#: Told of the nodes that a walk begins at, and where it ends, before it begins.
+on_walk: list[Callable[[list[Any], int], None]] = []
+
 
 def walk(
     seeds: Sequence[tuple[Any, Any]],
@@ -497,6 +508,8 @@ def walk(
     -------
     Two dictionaries from where the walk ended to gradient: borrowed ones, and sums that are owned.
     """
+    for notice in on_walk:
+        notice([seed for seed, _ in seeds], since)
     borrowed: dict[Any, Any] = {}
     owned: dict[Any, Any] = {}
     heap: list[tuple[int, Any]] = []

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import iscoroutinefunction, isgeneratorfunction
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from gpugrad.errors import GraphError
 
@@ -18,10 +18,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 gate: list[None] = []
 
 
+class Kept(Protocol):
+    """Where results go that are to be looked at: a list, or what passes for one."""
+
+    def append(self, result: Any, /) -> None:
+        """Take a result, whose node is not there yet."""
+
+
 class _ThreadState(threading.local):
     recording = True
     off = False  # by a plain call of set_grad_enabled, outside of any block
-    kept: list[Any] | None = None
+    kept: Kept | None = None
 
 
 _state = _ThreadState()
@@ -48,15 +55,17 @@ def records(result: Any) -> bool:
 class keep_results:
     """Collect every result that this thread records inside the block, for a look at the graph.
 
-    It rides on :data:`gate`, so nothing is paid for it elsewhere.
+    It rides on :data:`gate`, so nothing is paid for it elsewhere. `into` is a list by default.
     """
 
-    def __enter__(self) -> list[Any]:
+    def __init__(self, into: Any = None) -> None:
+        self._into = [] if into is None else into
+
+    def __enter__(self) -> Any:
         gate.append(None)
         self._before = _state.kept
-        kept: list[Any] = []
-        _state.kept = kept
-        return kept
+        _state.kept = self._into
+        return self._into
 
     def __exit__(self, *_: object) -> None:
         _state.kept = self._before

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend, as_dtype
+from gpugrad.backend.memory import squares
 from gpugrad.core import graph
 from gpugrad.core.graph import (
     NOT_IN_PLACE,
@@ -140,6 +141,7 @@ class Tensor:
         """
         node = self._node or getattr(self, "_stopped", None)
         if isinstance(node, Leaf):
+            node.squares = None
             return node.grad  # type: ignore[no-any-return]
         extra: Extra | None = getattr(node, "extra", None)
         return None if extra is None else extra.grad
@@ -165,6 +167,7 @@ class Tensor:
                     f"with .to({self.device!r})"
                 )
         if isinstance(node, Leaf):
+            node.squares = None
             node.grad = value
         elif node is not None:
             extra_of(node).grad = value
@@ -659,11 +662,14 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
         for leaf, g, mine in arrived:
             recorded = isinstance(g, Tensor)
             x = g.data if recorded else g
+            leaf.squares = None
             old = leaf.grad
             if old is None:
                 if leaf.home is not None and not recorded:
                     there = leaf.home.keep(x)
                     if there is not None:
+                        if squares and id(x) not in shared:
+                            leaf.squares = squares.pop(id(there), None)
                         shared.add(id(x))
                         leaf.grad = tensor_of(there)
                         continue

@@ -265,7 +265,9 @@ class _Look:
             operation = isinstance(node, Node)
             inner = operation and not isinstance(node, Pick)
             saved = self._saved(node, held, keep) if inner else ((), 0)
-            grad = node.grad if isinstance(node, Leaf) else None
+            grad = None
+            if isinstance(node, Leaf):
+                node.squares, grad = None, node.grad
             nodes.append(GraphNode(
                 id=i,
                 kind="leaf" if not operation else "operation" if inner else "output",

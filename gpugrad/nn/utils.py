@@ -1,4 +1,5 @@
-"""Clipping, and parameters as one vector, under PyTorch's names and with its results.
+"""Clipping, parameters as one vector, and how far gradients go back; PyTorch's names where it has
+some, and its results.
 
 Only `error_if_nonfinite=True` reads a value from the device; everything else stays there.
 """
@@ -17,7 +18,7 @@ from gpugrad.core.autocast import current_autocast
 from gpugrad.core.modes import no_grad
 from gpugrad.core.recompute import recomputed
 from gpugrad.core.tensor import Tensor
-from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
+from gpugrad.errors import DeviceError, DTypeError, GpugradError, ParameterError, ShapeError
 from gpugrad.nn.module import write
 from gpugrad.nn.random import default_generator
 
@@ -29,6 +30,7 @@ __all__ = [
     "clip_grads_with_norm_",
     "get_total_norm",
     "parameters_to_vector",
+    "truncated",
     "vector_to_parameters",
 ]
 
@@ -74,6 +76,57 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             default_generator.state = now
 
     return recomputed(function, args, kwargs, around)
+
+
+def truncated(
+    model: Callable[..., Any], x: Tensor, steps: int, state: Any = None, *, axis: int = 0
+) -> Iterator[tuple[slice, Any]]:
+    """Run a recurrent model over pieces of a sequence, for back-propagation that ends at each.
+
+    The state goes on from piece to piece, and gradients do not: they are those of at most `steps`
+    steps, and so is the memory (truncated back-propagation through time; Williams and Peng, 1990).
+
+    Parameters
+    ----------
+    model:
+        Called with a piece and a state, None in the beginning, it returns its output and the new
+        state: a tensor, or a tuple of some. `nn.RNN`, `nn.LSTM` and `nn.GRU` do.
+    x:
+        The sequences.
+    steps:
+        Length of a piece; the last one may be shorter. ParameterError below 1.
+    state:
+        The first state.
+    axis:
+        The axis of time; 1 for layers with `batch_first`.
+
+    Yields the steps of a piece as a slice, and the output for them. Run it backward before the next
+    is asked for.
+
+    >>> import gpugrad as gg
+    >>> from gpugrad import nn
+    >>> layer, x = nn.GRU(3, 4), gg.ones((10, 2, 3), dtype="float32")
+    >>> for part, y in truncated(layer, x, 4):
+    ...     y.sum().backward()
+    ...     print(part.start, part.stop, y.shape)
+    0 4 (4, 2, 4)
+    4 8 (4, 2, 4)
+    8 10 (2, 2, 4)
+    """
+    if steps < 1:
+        raise ParameterError(f"truncated: steps={steps}; a piece has at least 1 step")
+    for start in range(0, x.shape[axis], steps):
+        part = slice(start, min(start + steps, x.shape[axis]))
+        index = (slice(None),) * (axis % x.ndim) + (part,)
+        y, state = model(x[index], state)
+        yield part, y
+        state = _detached(state)
+
+
+def _detached(state: Any) -> Any:
+    if isinstance(state, tuple | list):
+        return tuple(_detached(s) for s in state)
+    return state.detach()
 
 
 def get_total_norm(

@@ -12,6 +12,7 @@ from typing import Any
 from gpugrad.backend import SPACES, Array, Backend
 from gpugrad.backend.kernels import fusible, kernel_mode
 from gpugrad.core.autocast import is_autocast_enabled
+from gpugrad.core.calls import is_told
 from gpugrad.core.primitive import differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import DTypeError, ShapeError
@@ -30,9 +31,9 @@ def joins(x: Any, parameters: Sequence[Any]) -> bool:
     """Whether small layers are quicker in one call: where there is a kernel for them.
 
     `parameters` are a weight and a bias of each. False, too, for what does not fit together, so
-    that the layer at fault can say so.
+    that the layer at fault can say so, and where somebody is to be told of each layer.
     """
-    if not isinstance(x, Tensor) or is_autocast_enabled() or kernel_mode() == "off":
+    if not isinstance(x, Tensor) or is_autocast_enabled() or kernel_mode() == "off" or is_told():
         return False
     data = x.data
     kind = type(data)

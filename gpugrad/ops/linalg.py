@@ -138,7 +138,12 @@ def matmul_into(m: Backend, a: Array, b: Array, out: Array) -> Array:
     return out
 
 
+@fusible
 def weight_gradient(m: Any, g: Any, x: Any, weight_home: Any) -> Any:
+    """gᵀ·x over all axes but the last, into `weight_home` if that is given.
+
+    What is in a home must not be changed afterwards: its sum of squares may be known already.
+    """
     left, right = m.matrix_transpose(_rows(m, g)), _rows(m, x)
     if weight_home is None:
         return m.matmul(left, right)

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend
-from gpugrad.backend.memory import ALIGNMENT, Buffer, buffer
+from gpugrad.backend.memory import ALIGNMENT, NOTED, Buffer, buffer, squares
 from gpugrad.core.graph import Leaf, Mark, mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 
@@ -97,16 +97,17 @@ class Place:
         arena = self._arena()
         if arena is None or arena.g is None:
             return None
-        mine = self._mine
-        if mine is not None and getrefcount(mine) == _IDLE:
-            return mine
-        with _taking:  # two threads may run backward
-            if self._loan() is not None:
-                return None
-            array, loan = arena.g.lend(self.start, self.shape)
-            self.lent = weakref.ref(array)
-            self._loan = weakref.ref(loan)
-            self._mine = array if arena.g.counts else None
+        array = self._mine
+        if array is None or getrefcount(array) != _IDLE:
+            with _taking:  # two threads may run backward
+                if self._loan() is not None:
+                    return None
+                array, loan = arena.g.lend(self.start, self.shape)
+                self.lent = weakref.ref(array)
+                self._loan = weakref.ref(loan)
+                self._mine = array if arena.g.counts else None
+        if squares:
+            squares.pop(id(array), None)
         return array
 
     def keep(self, g: Array) -> Array | None:
@@ -149,6 +150,44 @@ class Span:
     start: int
     inside: bool
     states: list[Array] = field(default_factory=list)
+    _large: list[Place] | None = None
+    _left: tuple[list[Place], list[Array] | None] = field(default_factory=lambda: ([], None))
+
+    def known(self) -> tuple[float, list[Array]] | None:
+        """What is known of Σg², and the parts of the gradient that it is not known of.
+
+        None where there is nothing known that would help.
+        """
+        if self._large is None:
+            places = self.places if self.inside else []
+            self._large = [place for place in places if place.size >= NOTED]
+        if not self._large:
+            return None
+        noted, total = [], 0.0
+        for place in self._large:
+            part: float | None = place.tensor._node.squares
+            if part is not None:
+                noted.append(place)
+                total += part
+        if not noted:
+            return None
+        if noted != self._left[0]:
+            self._left = noted, self._others(noted)
+        left = self._left[1]
+        return None if left is None else (total, left)
+
+    def _others(self, noted: Sequence[Place]) -> list[Array] | None:
+        """The gradient without these places: a few large parts, and all small ones."""
+        last = self.places[-1]
+        starts = [*(place.start for place in noted), last.start + last.size]
+        stops = [self.start, *(place.start + place.size for place in noted)]
+        parts = [slice(a - self.start, b - self.start) for a, b in zip(stops, starts) if a < b]
+        # Small ones are copied, which must be little beside what need not be read.
+        small = sum(part.stop - part.start for part in parts if part.stop - part.start < NOTED)
+        if 4 * small > sum(place.size for place in noted):
+            return None
+        getitem = self.arena.space.getitem
+        return [getitem(self.g, part) for part in parts]
 
     def operands(self) -> tuple[Array, Array, list[Array]]:
         """Parameters, gradients and states to compute with: of narrow ones, in float32."""

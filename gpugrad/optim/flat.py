@@ -16,6 +16,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
+from gpugrad.backend.memory import NOTED
 from gpugrad.clip.norms import cast
 from gpugrad.clip.scaling import ratio
 from gpugrad.ops.updates import RULES
@@ -30,6 +31,7 @@ __all__ = [
     "flat_norm",
     "flat_step",
     "flat_update",
+    "known_norm",
     "norm_dtype",
     "noted",
     "unscale",
@@ -83,6 +85,25 @@ def flat_norm(m: Backend, g: Array, /, *, finite_only: bool) -> tuple[Array, Arr
     block = m.argmax(bads > 0)
     starts = m.arange(0, len(parts)) * BLOCK
     return m.sum(squares), m.max(tops), m.sum(bads), (starts + firsts)[block]
+
+
+def known_norm(
+    m: Backend, squares: float, left: list[Array]
+) -> tuple[Array, Array, Array, Array] | None:
+    """:func:`flat_norm` of a gradient of which Σg² is known but for some parts, in host memory.
+
+    The greatest |g| is NaN, for it is not known. None if an element is not finite: then somebody
+    has to look for the first.
+    """
+    small = [g for g in left if g.size < NOTED]
+    parts = [g for g in left if g.size >= NOTED]
+    if small:
+        parts.append(m.concat(small))
+    found = [flat_norm(m, g, finite_only=False) for g in parts]
+    if any(bad for _, _, bad, _ in found):
+        return None
+    zero = np.int64(0)
+    return np.float64(squares) + sum(part for part, *_ in found), np.float64(np.nan), zero, zero
 
 
 def _part_norm(m: Backend, g: Array, finite_only: bool) -> tuple[Array, Array, Array, Array]:
@@ -178,6 +199,7 @@ def flat_step(
     rule: str,
     flags: Mapping[str, bool],
     numbers: Mapping[str, float],
+    measured: tuple[Array, Array, Array, Array] | None = None,
 ) -> tuple[Array, Array | None, Array]:
     """The common step, whole: the norm of one gradient, clipping by it, and the update, in place.
 
@@ -198,6 +220,8 @@ def flat_step(
         The norm that gradients are scaled down to; infinity for the norm alone.
     nonfinite:
         `"propagate"`, `"skip"` or `"zero"`: see `Optimizer.step`.
+    measured:
+        What :func:`flat_norm` would find, if that is known.
 
     Returns
     -------
@@ -209,7 +233,7 @@ def flat_step(
         What the steps have found out, this one among them: another array.
     """
     zero = nonfinite == "zero"
-    squares, _, bad, first = flat_norm(m, g, finite_only=zero)
+    squares, _, bad, first = measured or flat_norm(m, g, finite_only=zero)
     flag = bad > 0
     skip = flag if nonfinite == "skip" else None
     norm = cast(m, m.sqrt(squares), norm_dtype(m, g))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from gpugrad.core.conversion import asarray, tensor
+from gpugrad.core.handle import RemovableHandle
 from gpugrad.core.modes import enable_grad
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import ParameterError
@@ -57,6 +58,9 @@ class Optimizer:
     _plan: Plan | None
     _report: Report
     _first: str | None
+
+    # Replaced, never changed: most optimisers have none.
+    _hooks: Mapping[str, Mapping[int, Callable[..., Any]]] = {}
 
     def __init__(self, params: Tensor | Params, defaults: Group) -> None:
         self.defaults = defaults
@@ -206,13 +210,55 @@ class Optimizer:
         if closure is not None:
             with enable_grad():
                 loss = closure()
+        given = None
+        if self._hooks:
+            given = {"clip": clip, "scaler": scaler, "nonfinite": nonfinite}
+            self._call_hooks("pre", given)
         plan = self._planned()
         if plan.spans:
             run_step(
                 plan, self.param_groups, RULES[self.rule], self._report,
                 clip=clip, scaler=scaler, nonfinite=nonfinite, name_of=self._name_at,
             )  # fmt: skip
+        if given is not None:
+            self._call_hooks("post", given)
         return loss
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call `hook(optimizer, args, kwargs)` in every step when the gradients are there.
+
+        That is after a closure, and before anything is changed. `args` is empty, and `kwargs` has
+        the options of the step; what the hook returns is not used. Returns what removes it.
+
+        >>> import gpugrad as gg
+        >>> x = gg.tensor([1.0], requires_grad=True)
+        >>> optimizer = gg.optim.SGD([x], lr=0.5)
+        >>> x.grad = gg.tensor([1.0])
+        >>> with optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: print(x)):
+        ...     optimizer.step(clip=1.0)
+        tensor([1.], requires_grad=True)
+        """
+        return self._add_hook("pre", hook)
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call `hook(optimizer, args, kwargs)` after every step; returns what removes it."""
+        return self._add_hook("post", hook)
+
+    def _add_hook(self, kind: str, hook: Callable[..., Any]) -> RemovableHandle:
+        hooks = self._hooks.get(kind, {})
+        key = max(hooks, default=-1) + 1
+        self._hooks = {**self._hooks, kind: {**hooks, key: hook}}
+
+        def remove() -> None:
+            left = {k: h for k, h in self._hooks.get(kind, {}).items() if k != key}
+            others = {k: table for k, table in self._hooks.items() if k != kind}
+            self._hooks = {**others, kind: left} if left else others
+
+        return RemovableHandle(remove)
+
+    def _call_hooks(self, kind: str, kwargs: dict[str, Any]) -> None:
+        for hook in list(self._hooks.get(kind, {}).values()):
+            hook(self, (), kwargs)
 
     def _planned(self) -> Plan:
         """What to do in this step; what was done in the last, if nothing has changed."""
@@ -226,6 +272,11 @@ class Optimizer:
                 self._arenas = lay_out(self.param_groups, self._arenas)
             self._plan = make_plan(self.param_groups, self._arenas, self.state, rule, names)
         return self._plan
+
+    @property
+    def arenas(self) -> list[Arena]:
+        """The buffers that parameters and gradients are in; see `gpugrad.optim.arena`."""
+        return [arena for made in self._arenas for arena in made]
 
     # -- what the steps found ---------------------------------------------------------------------
 
@@ -384,7 +435,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: it has parameters of its own, and finds out for itself."""
-        own = ("_arenas", "_plan", "_report", "_first")
+        own = ("_arenas", "_plan", "_report", "_first", "_hooks")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

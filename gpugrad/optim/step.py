@@ -27,6 +27,7 @@ from gpugrad.optim.flat import (
     flat_norm,
     flat_step,
     flat_update,
+    known_norm,
     norm_dtype,
     noted,
     unscale,
@@ -195,6 +196,7 @@ def _run_common(
     (span,) = share.spans
     m, group = span.arena.space, groups[span.arena.group]
     p, g, states = span.operands()
+    measured = _known_norm(span)
     norm, coefficient, found = flat_step(
         m,
         p,
@@ -208,11 +210,18 @@ def _run_common(
         rule=rule.rule,
         flags=rule.flags(group),
         numbers=rule.numbers(group),
+        **({} if measured is None else {"measured": measured}),
     )
     report.note(found)
     report.note_clip(norm, coefficient, like)
     span.round()
     span.mark()
+
+
+def _known_norm(span: Span) -> tuple[Array, Array, Array, Array] | None:
+    """:func:`flat_norm` of a span, if kernels have found out most of it already."""
+    known = span.known()
+    return None if known is None else known_norm(span.arena.space, *known)
 
 
 def _steps(shares: Sequence[_Share]) -> list[Tensor]:
@@ -275,8 +284,11 @@ class _Step:
         """:func:`flat_norm` of all spans together, the first bad element by its own number."""
         m = self.m
         found = None
+        any_will_do = getattr(share.policy, "norm_type", 2.0) != math.inf
         for span in share.spans:
-            squares, top, bad, first = flat_norm(m, span.g, finite_only=finite_only)
+            squares, top, bad, first = (_known_norm(span) if any_will_do else None) or flat_norm(
+                m, span.g, finite_only=finite_only
+            )
             first = first + (span.arena.base + span.start)
             if found is None:
                 found = squares, top, bad, first
@@ -337,6 +349,7 @@ class _Step:
         share.policy.apply(m, params, grads)
         for (span, place), g in zip(spans, grads):
             leaf = place.tensor._node
+            leaf.squares = None
             if m.mutable:
                 mutations.mark(g)
             else:

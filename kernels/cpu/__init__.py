@@ -70,7 +70,9 @@ SLOTS = slots(
             ("linear", "linear_activation", "linear_activation_backward", "sum_over_rows"),
         ),
         "layers": (1 << 9, ("layers", "layers_backward")),
+        "moments": (1 << 8, ("moments",)),
         "products": (1 << 14, ("matmul", "matmul_into")),
+        "few_rows": (1 << 12, ("weight_gradient",)),
         "optimizer": (1 << 14, ("flat_norm", "flat_update")),
         "softmax": (
             1 << 14,

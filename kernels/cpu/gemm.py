@@ -26,7 +26,7 @@ __all__ = ["GRAIN", "STRIP", "available", "gemm", "many", "one", "rows_product"]
 #: Multiply-adds that a further thread is worth: about 10 µs of work, as long as waking it may take.
 GRAIN = 1 << 20
 
-#: Rows of a result whose sum of squares is one number.
+#: Rows of a result that go to one thread together.
 STRIP = 16
 
 _SYMBOLS = {types.float32: "gpugrad_sgemm", types.float64: "gpugrad_dgemm"}
@@ -277,7 +277,7 @@ def _transposed(operand):
 def _share(sizes, left, right, result, mode, part, parts):
     """One thread's part of the units; see :func:`_many` for the numbers."""
     outer, inner, m, n, k = sizes
-    beta, pieces, across, sums = mode
+    beta, pieces, across = mode
     a0, lda, a_outer, a_inner, a_step = left
     b0, ldb, b_outer, b_inner, b_step = right
     c0, ldc, c_outer, c_inner = result
@@ -300,39 +300,15 @@ def _share(sizes, left, right, result, mode, part, parts):
             continue
         row = ldc * size
         _block(high - low, n, k, a + low * a_step, lda, b, ldb, beta, c + low * row, ldc)
-        if sums != 0:
-            for strip in range(first, last):
-                rows = min(STRIP, side - strip * STRIP)
-                total = _sum_squares(c + strip * STRIP * row, rows, n, row)
-                _pointer(sums, 0.0)[item * strips + strip] = total
 
 
-@serial
-def _sum_squares(address, rows, columns, stride):
-    """Of a block of rows, in double precision."""
-    total = 0.0
-    for i in range(rows):
-        row = _pointer(address + i * stride, T(0))
-        for j in range(columns):
-            x = np.float64(row[j])
-            total += x * x
-    return total
-
-
-@serial
-def _clear(x):
-    for i in range(x.size):
-        x[i] = 0.0
-
-
-def _many(a, b, out, beta, sumsq, threads):
-    """Products of a batch on so many threads, and the sums of squares of each strip of rows.
+def _many(a, b, out, beta, threads):
+    """Products of a batch on so many threads.
 
     Returns what must be copied first, when nothing has been done; see :func:`_obstacles`.
     """
     found = _obstacles(a, b, out)
     if found == 0:
-        _clear(sumsq)
         m, n, k = out.shape[2], out.shape[3], a.shape[3]
         left, right = _operand(a, a.strides[2]), _operand(b, b.strides[3])
         ldc = _lead(out)
@@ -348,8 +324,7 @@ def _many(a, b, out, beta, sumsq, threads):
         pieces = 1
         if items < 8 * parts:  # whole products would not divide evenly
             pieces = min(parts, max(1, work // GRAIN))
-        sums = _address(sumsq) if sumsq.size > 0 else 0
-        mode = (beta, pieces, n > m and sums == 0, sums)
+        mode = (beta, pieces, n > m)
         for part in prange(parts):
             _share(sizes, left, right, result, mode, part, parts)
     return found

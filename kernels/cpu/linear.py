@@ -23,6 +23,7 @@ from gpugrad.kernels.cpu import products
 from gpugrad.kernels.cpu.bias import CHUNKS
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import BLOCK, LABEL
+from gpugrad.kernels.cpu.few_rows import weight_gradient
 from gpugrad.kernels.cpu.gemm import GRAIN, available, rows_product
 from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, read, write
@@ -259,10 +260,10 @@ def linear_activation_backward(
     gz = empty(g.shape, dtype)
     gx = empty(x.shape, dtype) if needs[0] else gz
     gw = weight_home
-    if gw is None:
-        gw = empty(weight.shape, dtype) if needs[1] else gz
     gb = np.empty(features, dtype) if bias_home is None else bias_home
     if _is_small(rows, weight):
+        if gw is None:
+            gw = empty(weight.shape, dtype) if needs[1] else gz
         loops.backward_small[numpy_storage(dtype)](
             g, kept, in_a_row(x), in_a_row(weight), gz, gx, gw, gb, needs[0], needs[1]
         )
@@ -275,7 +276,7 @@ def linear_activation_backward(
         if needs[0]:
             products.matmul(gz, weight, gx)
         if needs[1]:
-            products.matmul(gz.T, x, gw)
+            gw = weight_gradient(m, gz, x, weight_home)
     return gx.reshape(x_shape) if needs[0] else None, gw if needs[1] else None, gb
 
 

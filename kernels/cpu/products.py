@@ -18,18 +18,15 @@ from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel, kernel_mode
 from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import pool
-from gpugrad.kernels.cpu.gemm import GRAIN, STRIP, available, gemm, many, one
+from gpugrad.kernels.cpu.gemm import GRAIN, available, gemm, many, one
 
-__all__ = ["available", "gemm", "matmul", "sumsq_size"]
+__all__ = ["available", "gemm", "matmul"]
 
 LABEL = "openblas, one pool"
 
 Array = np.ndarray[Any, Any]
 
 _compiling = RLock()
-
-#: Types of `sumsq` and `threads`.
-_MORE = (types.float64[::1], types.int64)
 
 
 class _Compiled:
@@ -41,7 +38,7 @@ class _Compiled:
         self._launch: pool.Launch = many[storage]
         self._threaded = False
         self.one = self._fixed(one[storage], 2)
-        self.alone = self._fixed(self._launch.alone, 4, *_MORE)
+        self.alone = self._fixed(self._launch.alone, 4, types.int64)
 
     @property
     def many(self) -> pool.Launch:
@@ -49,7 +46,7 @@ class _Compiled:
         if not self._threaded:
             with _compiling:
                 if not self._threaded:
-                    self._fixed(self._launch.threaded, 4, *_MORE)
+                    self._fixed(self._launch.threaded, 4, types.int64)
                     self._threaded = True
         return self._launch
 
@@ -72,7 +69,6 @@ class _ByDtype(dict[Any, "_Compiled | None"]):
 
 
 _compiled = _ByDtype()
-_NO_SUMS = np.empty(0)
 
 
 def matmul(
@@ -82,7 +78,6 @@ def matmul(
     out: Array | None = None,
     *,
     accumulate: bool = False,
-    sumsq: Array | None = None,
 ) -> Array:
     """The product of two arrays, as `numpy.matmul` defines it.
 
@@ -94,10 +89,6 @@ def matmul(
         Where to put the result: an array of its shape and dtype, with any strides.
     accumulate:
         Add the product to what `out` holds.
-    sumsq:
-        For a result of at least two axes, a float64 array of ``sumsq_size(shape)`` elements. They
-        are set so that their sum is the sum of squares of the elements of the result, taken while
-        those are in the cache. Which elements add up to which number depends on the shape alone.
 
     Returns
     -------
@@ -114,9 +105,9 @@ def matmul(
     """
     compiled = _compiled[a.dtype]
     if compiled is None or a.dtype != b.dtype:
-        return _by_numpy(a, b, out, accumulate, sumsq)
+        return _by_numpy(a, b, out, accumulate)
     left, right = a.shape, b.shape
-    if len(left) == 2 == len(right) and left[1] == right[0] and sumsq is None:
+    if len(left) == 2 == len(right) and left[1] == right[0]:
         # The common case, without the general one's price.
         made = None
         if out is None:
@@ -129,27 +120,16 @@ def matmul(
             if left[0] * left[1] * right[1] >= 2 * GRAIN:
                 threads = pool.get_num_threads()
                 run = compiled.many if threads > 1 else compiled.alone
-                if not run(_stack(a), _stack(b), _stack(made), beta, _NO_SUMS, threads):
+                if not run(_stack(a), _stack(b), _stack(made), beta, threads):
                     return made
             elif not compiled.one(a, b, made, beta):
                 return made
-    return _general(compiled, a, b, out, accumulate, sumsq)
+    return _general(compiled, a, b, out, accumulate)
 
 
 def _stack(x: Array) -> Array:
     """A matrix as a batch of one."""
     return x[None, None]
-
-
-def sumsq_size(shape: tuple[int, ...]) -> int:
-    """Elements of the array `sumsq` for a result of this shape.
-
-    >>> from gpugrad.kernels.cpu.products import sumsq_size
-    >>> sumsq_size((100, 20))
-    7
-    """
-    *batch, m, n = shape
-    return math.prod(batch) * -(-max(m, n) // STRIP)
 
 
 def _general(
@@ -158,14 +138,11 @@ def _general(
     b: Array,
     out: Array | None,
     accumulate: bool,
-    sumsq: Array | None,
 ) -> Array:
     """The same for any number of axes, any size and any layout."""
     shape, batch = _result_shape(a, b)
     given = _check_out(out, shape, a.dtype, accumulate)
     made = np.empty(shape, a.dtype) if given is None else given
-    if sumsq is not None:
-        _check_sumsq(sumsq, shape)
     left = a if a.ndim > 1 else a[None]
     right = b if b.ndim > 1 else b[:, None]
     target = made if b.ndim > 1 else made[..., None]
@@ -174,12 +151,10 @@ def _general(
     if target.size == 0 or k == 0:
         if not accumulate:
             target[...] = 0
-        _note_squares(made, sumsq)
-    elif not _written(compiled, left, right, target, batch, accumulate, sumsq):
+    elif not _written(compiled, left, right, target, batch, accumulate):
         # BLAS cannot write there: no contiguous axis, or an operand lies in the same memory.
-        fresh = _general(compiled, a, b, None, False, None)
+        fresh = _general(compiled, a, b, None, False)
         np.add(made, fresh, out=made) if accumulate else np.copyto(made, fresh)
-        _note_squares(made, sumsq)
     return made if made.ndim or given is not None else made[()]
 
 
@@ -190,10 +165,9 @@ def _written(
     out: Array,
     batch: tuple[int, ...],
     accumulate: bool,
-    sumsq: Array | None,
 ) -> bool:
     """Put the product into `out`, if BLAS can write there. All arrays have two axes or more."""
-    if b.ndim == 2 < a.ndim and sumsq is None and a.flags.c_contiguous and out.flags.c_contiguous:
+    if b.ndim == 2 < a.ndim and a.flags.c_contiguous and out.flags.c_contiguous:
         # The rows of all the matrices on the left follow each other, as those of one.
         a, out, batch = a.reshape(-1, a.shape[-1]), out.reshape(-1, out.shape[-1]), ()
     if len(batch) > 2 and not out.flags.c_contiguous:
@@ -201,7 +175,7 @@ def _written(
     work = out.size * a.shape[-1]
     threads = pool.get_num_threads() if work >= 2 * GRAIN else 1
     run = compiled.many if threads > 1 else compiled.alone
-    more = (1.0 if accumulate else 0.0, _NO_SUMS if sumsq is None else sumsq, threads)
+    more = (1.0 if accumulate else 0.0, threads)
     left, right, target = (_four_axes(x, batch) for x in (a, b, out))
     found = run(left, right, target, *more)
     if 0 < found < 4:
@@ -255,27 +229,7 @@ def _check_out(
     return out
 
 
-def _check_sumsq(sumsq: Array, shape: tuple[int, ...]) -> None:
-    if len(shape) < 2:
-        raise ShapeError(f"matmul: sums of squares are of matrices; the product has shape {shape}")
-    size = sumsq_size(shape)
-    if sumsq.shape != (size,) or sumsq.dtype != np.float64 or not sumsq.flags.carray:
-        raise ShapeError(
-            f"matmul: sumsq must be a contiguous float64 array of shape ({size},), not "
-            f"{sumsq.dtype} of {sumsq.shape}"
-        )
-
-
-def _note_squares(x: Array, sumsq: Array | None) -> None:
-    """The sums of squares where they were not taken on the way."""
-    if sumsq is not None and sumsq.size:
-        sumsq[:] = 0
-        sumsq[0] = np.square(x, dtype=np.float64).sum()
-
-
-def _by_numpy(
-    a: Array, b: Array, out: Array | None, accumulate: bool, sumsq: Array | None
-) -> Array:
+def _by_numpy(a: Array, b: Array, out: Array | None, accumulate: bool) -> Array:
     """What compiled products do not take: other dtypes, and a NumPy with another BLAS."""
     if out is None:
         shape, _ = _result_shape(a, b)
@@ -285,9 +239,6 @@ def _by_numpy(
         made = np.add(out, np.matmul(a, b), out=out)
     else:
         made = np.matmul(a, b, out=out)
-    if sumsq is not None:
-        _check_sumsq(sumsq, made.shape)
-        _note_squares(made, sumsq)
     return made
 
 

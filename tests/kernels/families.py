@@ -15,11 +15,13 @@ import numpy as np
 import gpugrad as gg
 from gpugrad.backend import backend_for_device
 from gpugrad.backend.kernels import fusible, kernel_mode
+from gpugrad.backend.memory import squares
 from gpugrad.backend.random import ROUNDS, philox_round, stream
 from gpugrad.clip import max_abs, nonfinite_count, sum_of_squares
 from gpugrad.clip.scaling import scaled
 from gpugrad.core.primitive import registry
 from gpugrad.core.tensor import tensor_of
+from gpugrad.health.statistics import moments as plain_moments
 from gpugrad.kernels import scalars as texts
 from gpugrad.kernels.cpu import compile as compiler
 from gpugrad.kernels.cpu import gemm as gemms
@@ -34,7 +36,7 @@ from gpugrad.ops.convolution import convolution as plain_convolution
 from gpugrad.ops.fused import bias_activation_backward
 from gpugrad.ops.layers import layers as chain
 from gpugrad.ops.linalg import linear as plain_linear
-from gpugrad.ops.linalg import linear_activation
+from gpugrad.ops.linalg import linear_activation, weight_gradient
 from gpugrad.ops.pooling import max_pool, window_mean
 from gpugrad.ops.updates import RULES
 from gpugrad.optim.flat import flat_norm, flat_update
@@ -95,6 +97,20 @@ def linear():
         yield from derived(linear_activation, x, w, b, wanted=(2,), activation="tanh")
         yield from derived(plain_linear, x, w, b)
         yield from derived(plain_linear, x, w)
+
+
+def moments():
+    x = random(230)
+    spoilt = np.where(x > 1, np.float32(NAN), np.where(x < -1.2, np.float32(-INF), x))
+    spoilt[::7] = 0
+    apart = np.array([[0, 64], [64, 64], [70, 210], [210, 230], [3, 200]])
+    for y in (x + 3, x - 3, spoilt, np.round(8 * x) / np.float32(8)):
+        yield plain_moments(NUMPY, y)
+        yield plain_moments(NUMPY, y[:50], low=-0.5, high=0.5)
+        yield plain_moments(NUMPY, y, bounds=apart, low=-0.375, high=0.875)
+        yield plain_moments(NUMPY, y, bounds=apart[:2], low=-0.375, high=0.875)
+    yield plain_moments(NUMPY, random(0))
+    yield plain_moments(NUMPY, np.full(3, NAN, np.float32))
 
 
 def layers():
@@ -313,18 +329,17 @@ def scalars():
             yield np.where(finite, np.copysign(1, found), found)
 
 
-def product(a, b, out=None, accumulate=False, summed=False):
-    """A product, with the sum of its squares; NumPy's own where kernels are off."""
+def product(a, b, out=None, accumulate=False):
+    """A product; NumPy's own where kernels are off."""
     shape = np.matmul(a, b).shape
     if out is None:
         out = np.full(shape, 2, "float32")
     if kernel_mode() == "off":
         out[...] = np.matmul(a, b) + (out if accumulate else 0)
-        return [out, np.square(out, dtype="float64").sum()]
-    sums = np.full(many_gemms.sumsq_size(shape), NAN) if summed else None
-    found = many_gemms.matmul(a, b, out, accumulate=accumulate, sumsq=sums)
+        return out
+    found = many_gemms.matmul(a, b, out, accumulate=accumulate)
     assert found is out
-    return [out, sums.sum() if summed else np.square(out, dtype="float64").sum()]
+    return out
 
 
 def one_product(a, b, out, beta):
@@ -353,29 +368,28 @@ def gemm():
     yield from products_of((9, 3, 5))
     for stack in ((3,), (2, 3), (2, 1, 3)):
         a, b = random(*stack, 5, 4), random(*stack, 4, 9, seed=1)
-        yield from product(a, b)
-        yield from product(a, b, summed=True)
-        yield from product(a, b[..., :1, :, :], summed=True)
-        yield from product(a[..., :1, :, :], b, accumulate=True)
-        yield from product(a, b[(0,) * len(stack)])
-        yield from product(a.swapaxes(-1, -2), random(5, 3))
-    yield from product(random(30, 4), random(4, 5), accumulate=True, summed=True)
+        yield product(a, b)
+        yield product(a, b[..., :1, :, :])
+        yield product(a[..., :1, :, :], b, accumulate=True)
+        yield product(a, b[(0,) * len(stack)])
+        yield product(a.swapaxes(-1, -2), random(5, 3))
+    yield product(random(30, 4), random(4, 5), accumulate=True)
     # Operands that lie in the memory of the result; the other one is below it.
     for start in (17, 24, 31, 40, 47):
         for turn in (lambda x: x, lambda x: x.T):
             x = random(63)
             other, shared, out = (x[i : i + 16].reshape(4, 4) for i in (0, start, 32))
-            yield from product(turn(shared), other, out)
-            yield from product(other, out, turn(shared))
+            yield product(turn(shared), other, out)
+            yield product(other, out, turn(shared))
             yield x
     x = random(8, 4, 4)
-    yield from product(x[5:2:-1], x[0], x[1:4])
-    yield from product(x[1:4], x[0], x[5:2:-1])
+    yield product(x[5:2:-1], x[0], x[1:4])
+    yield product(x[1:4], x[0], x[5:2:-1])
     # Rows that overlap, which are BLAS's neither as they are nor transposed.
     windows = np.lib.stride_tricks.sliding_window_view(random(25), 8)[::4]
     for x in (windows, windows.T):
-        yield from product(x, random(x.shape[1], 3))
-        yield from product(random(3, x.shape[0]), x)
+        yield product(x, random(x.shape[1], 3))
+        yield product(random(3, x.shape[0]), x)
     for shape in ((3, 2, 7), (1, 4, 3), (4, 1, 3), (4, 3, 1), (3, 0, 2)):
         yield from products_of(shape)
 
@@ -393,8 +407,8 @@ def products_of(shape):
     ):  # fmt: skip
         yield one_product(left(a), right(b), out(c), 0)
         yield one_product(left(a), right(b), out(c), 1)
-        yield from product(left(a), right(b), out(c))
-        yield from product(left(a), right(b), out(c), True, summed=True)
+        yield product(left(a), right(b), out(c))
+        yield product(left(a), right(b), out(c), True)
 
 
 def small_products():
@@ -413,6 +427,21 @@ def small_products():
                 (3 * width, width, 6 * width), memory.address(out), n, accumulate,
             )  # fmt: skip
             yield out
+
+
+def few_rows():
+    """The gradient of a weight, alone and at home, and what is noted of its squares there."""
+    great = np.float32(1e25) * (np.arange(13) < 5) + np.float32(1)
+    for rows, features, inputs in ((5, 13, 7), (20, 9, 12), (3, 4, 6), (21, 9, 12), (0, 9, 12)):
+        g, x = random(rows, features), random(rows, inputs, seed=1)
+        for scale in (np.float32(1), np.float32(1e-25), great[:features]):
+            y = scale * g
+            yield weight_gradient(NUMPY, y, x, None) / np.max(scale)
+            home = np.full((features, inputs), NAN, "float32")
+            yield weight_gradient(NUMPY, y, x, home) / np.max(scale)
+            ours = kernel_mode() != "off" and 0 < rows <= 20 and home.size >= 40
+            total = squares.pop(id(home)) if ours else np.square(home, dtype="float64").sum()
+            yield np.log(total)
 
 
 def attention():

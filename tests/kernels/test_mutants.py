@@ -30,6 +30,7 @@ CHECKS = {
     "cpu.gemm": ["gemm", "linear"],
     "cpu.linear": ["linear"],
     "cpu.layers": ["layers"],
+    "cpu.moments": ["moments"],
     "cpu.attention": ["attention"],
     "cpu.scores": ["attention"],
     "cpu.convolution": ["convolution"],
@@ -38,6 +39,7 @@ CHECKS = {
     "cpu.pooling": ["pooling"],
     "cpu.recurrent": ["recurrent"],
     "cpu.microkernel": ["small_products"],
+    "cpu.few_rows": ["few_rows"],
     "moments": ["norm", "batch_norm"],
     "probabilities": ["softmax", "cross_entropy"],
     "random": ["dropout"],
@@ -119,6 +121,13 @@ EQUAL: dict[str, dict[str, str]] = {
     "cpu.reduce._squares_of_T": {
         "total += x * x -> total -= x * x": "such a sum is taken again, in double precision",
     },
+    "cpu.few_rows._single": {
+        "total += a[i] * a[i] -> total -= a[i] * a[i]": "such a sum is taken again, in double",
+    },
+    "cpu.few_rows._product": {
+        "m + ROWS - 1 -> m + ROWS + 1": NOTHING,
+        "n + panel() - 1 -> n + panel() + 1": NOTHING,
+    },
     **{
         f"cpu.layers.{body}": {"rows + PIECE - 1 -> rows + PIECE + 1": DIVISION}
         for body in ("_forward", "_backward")
@@ -128,6 +137,9 @@ EQUAL: dict[str, dict[str, str]] = {
     },
     "cpu.gemm._obstacles": {
         "found + 4 -> found - 4": "below 0 it is as good as above 3",
+    },
+    "cpu.gemm._share": {
+        "side + STRIP - 1 -> side + STRIP + 1": "a strip more would have no rows",
     },
     "cpu.gemm.many": dict.fromkeys(
         (

@@ -17,8 +17,7 @@ from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import gemm as loops
 from gpugrad.kernels.cpu import openblas, products
 from gpugrad.kernels.cpu.compile import parallel, serial
-from gpugrad.kernels.cpu.products import STRIP, available, gemm, matmul, sumsq_size
-from tests.kernels.cpu.assembly import packed
+from gpugrad.kernels.cpu.products import available, gemm, matmul
 from tests.kernels.cpu.processes import python
 
 prange = numba.prange
@@ -137,26 +136,18 @@ _fine = serial(FunctionType(loops._many.__code__, {**vars(loops), "GRAIN": 1}, "
     st.tuples(st.integers(1, 70), st.integers(1, 70), st.integers(1, 20)),
     st.sampled_from(FLOATS),
     st.sampled_from(["contiguous", "transposed", "stretched"]),
-    st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
     st.integers(1, 9),
 )
 def test_any_division_of_the_work(batch, sizes, dtype, layout, flags, threads):
     m, n, k = sizes
-    accumulate, squares, one_a, one_b = flags
+    accumulate, one_a, one_b = flags
     a = normal(*((1, 1) if one_a else batch), m, k, dtype=dtype)
     b = normal(*((1, 1) if one_b else batch), k, n, dtype=dtype, seed=1)
     before = normal(*batch, m, n, dtype=dtype, seed=2)
     out = placed(before, layout)
-    sums = np.full(sumsq_size(out.shape) if squares else 0, np.nan)
-    assert _fine[dtype](a, b, out, out.dtype.type(accumulate), sums, threads) == 0
+    assert _fine[dtype](a, b, out, out.dtype.type(accumulate), threads) == 0
     close(out, np.broadcast_to(a, (*batch, m, k)), b, before if accumulate else None)
-    if squares:
-        exact = np.square(out, dtype="float64")
-        # Strips of rows, as they lie in memory.
-        rows = exact.swapaxes(-1, -2) if layout == "transposed" and m > 1 < n else exact
-        strips = np.add.reduceat(rows.sum(-1), np.arange(0, rows.shape[-2], STRIP), axis=-1)
-        np.testing.assert_allclose(sums[: strips.size], strips.reshape(-1), rtol=1e-12)
-        assert not sums[strips.size :].any()
 
 
 #: Products of a training step: (m, n, k), and which operands are transposed views.
@@ -180,10 +171,8 @@ def test_products_of_a_training_step(m, n, k, left, right, dtype):
     close(matmul(a, b), a, b)
     before = normal(n, m, dtype=dtype, seed=2).T
     out = before.copy(order="K")
-    sums = np.empty(sumsq_size(out.shape))
-    matmul(a, b, out, accumulate=True, sumsq=sums)
+    matmul(a, b, out, accumulate=True)
     close(out, a, b, before)
-    np.testing.assert_allclose(sums.sum(), np.square(out, dtype="float64").sum(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -200,26 +189,9 @@ def test_batches_of_a_training_step(dtype):
 @needs_openblas
 def test_runs_repeat_bit_for_bit():
     a, b = step(300, 500, 400, True, False, "float32")
-    sums = np.empty(sumsq_size((300, 500)))
-    first, squares = matmul(a, b, sumsq=sums), sums.copy()
+    first = matmul(a, b)
     for _ in range(5):
-        assert np.array_equal(matmul(a, b, sumsq=sums), first)
-        assert np.array_equal(sums, squares)
-
-
-@needs_openblas
-def test_sums_of_squares_do_not_depend_on_threads():
-    """Where the elements have the same bits, the sums have: powers of two add up exactly."""
-    a = np.ldexp(np.ones((500, 300), "float32"), np.arange(300) % 9)
-    b = np.ldexp(np.ones((300, 200), "float32"), np.arange(200) % 7 - 3)
-    seen = []
-    for threads in range(1, 9):
-        out, sums = np.empty((1, 1, 500, 200), "float32"), np.empty(sumsq_size((500, 200)))
-        _fine["float32"](a[None, None], b[None, None], out, np.float32(0), sums, threads)
-        seen.append((out, sums))
-    for out, sums in seen[1:]:
-        assert np.array_equal(out, seen[0][0])
-        assert np.array_equal(sums, seen[0][1])
+        assert np.array_equal(matmul(a, b), first)
 
 
 # -- what a product means -------------------------------------------------------------------------
@@ -260,10 +232,9 @@ def test_nothing_to_add_up(shapes):
     matmul(a, b, out)
     assert np.array_equal(out, want)
     if want.ndim == 2:
-        out, sums = np.full(want.shape, 3, "float32"), np.full(sumsq_size(want.shape), np.nan)
-        matmul(a, b, out, accumulate=True, sumsq=sums)
+        out = np.full(want.shape, 3, "float32")
+        matmul(a, b, out, accumulate=True)
         assert (out == 3).all()
-        assert sums.sum() == 9 * out.size
 
 
 @pytest.mark.parametrize("n", [6, 200])
@@ -276,11 +247,9 @@ def test_operands_in_the_memory_of_the_result(n):
         x = a.copy()
         matmul(b, x.T, x)
         close(x, b, a.T)
-        sums = np.empty(sumsq_size((n, n)))
         x = a.copy()
-        matmul(x, x, x, accumulate=accumulate, sumsq=sums)
+        matmul(x, x, x, accumulate=accumulate)
         close(x, a, a, a if accumulate else None)
-        np.testing.assert_allclose(sums.sum(), np.square(x, dtype="float64").sum(), rtol=1e-12)
 
 
 def test_beside_each_other_is_not_in_the_same_memory():
@@ -329,12 +298,6 @@ def test_shapes_that_do_not_fit():
     with pytest.raises(ParameterError, match="give it as out"):
         matmul(x.T, x, accumulate=True)
     out = np.empty((3, 3), "float32")
-    with pytest.raises(
-        ShapeError, match=r"sumsq must be a contiguous float64 array of shape \(1,\)"
-    ):
-        matmul(x.T, x, out, sumsq=np.empty(2))
-    with pytest.raises(ShapeError, match=r"sums of squares are of matrices"):
-        matmul(x[0], x[0], sumsq=np.empty(1))
     out.flags.writeable = False
     with pytest.raises(ParameterError, match="out is read-only"):
         matmul(x.T, x, out)
@@ -385,19 +348,6 @@ def test_gemm_in_a_loop_of_another_kernel(dtype, layout):
 
 
 @needs_openblas
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_sums_of_squares_are_vectorised(dtype):
-    dispatcher = loops._sum_squares[dtype]
-    fresh = numba.njit(fastmath=dispatcher.targetoptions["fastmath"], error_model="numpy")(
-        dispatcher.py_func
-    )
-    x = normal(3, 100, dtype=dtype)
-    got = fresh(x.ctypes.data, 3, 100, x.strides[0])
-    np.testing.assert_allclose(got, np.square(x, dtype="float64").sum(), rtol=1e-13)
-    assert packed(fresh.inspect_asm(fresh.signatures[0])) >= 2
-
-
-@needs_openblas
 @pytest.mark.parametrize("width", [32, 64])
 def test_the_width_of_openblas_integers(monkeypatch, width):
     monkeypatch.setattr(loops, "_WIDTH", width)
@@ -442,11 +392,9 @@ def test_numpy_computes_where_openblas_is_missing(monkeypatch):
     assert available() == why
     a, b = normal(2, 30, 40), normal(40, 20, seed=1)
     close(matmul(a, b), a, b)
-    sums = np.empty(sumsq_size((2, 30, 20)))
     out = np.ones((2, 30, 20), "float32")
-    matmul(a, b, out, accumulate=True, sumsq=sums)
+    matmul(a, b, out, accumulate=True)
     close(out, a, b, np.ones_like(out))
-    np.testing.assert_allclose(sums.sum(), np.square(out, dtype="float64").sum(), rtol=1e-12)
     assert products.refuse(None, a, b) == why
 
 
