@@ -18,7 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+_HERE = Path(__file__).resolve().parent
+#: What has to be on the path to import gpugrad: the checkout, or where the package is installed.
+ROOT = _HERE.parents[1] if (_HERE.parent / "errors.py").is_file() else _HERE.parent
 RESULTS = ROOT / "bench" / "results"
 
 #: Settings that tune a BLAS to somebody's taste: the measuring process runs without them.

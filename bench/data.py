@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from gpugrad.bench import common
 
 #: Rows of the data set; tensors of 4 MiB in the file.
 ROWS, QUICK_ROWS = 60_000, 2_000

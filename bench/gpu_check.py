@@ -1,15 +1,19 @@
-"""One command for a machine with a GPU: tests, every primitive, the main job, overhead, ceilings.
+"""One command for a machine with a GPU: tests, every kernel, training steps, every claim.
 
-``python bench/gpu_check.py [--out FILE-OR-FOLDER] [--device cuda:0] [--only PART,…] [--dry-run]``
+``python bench/gpu_check.py [--quick] [--out FILE-OR-FOLDER] [--device cuda:0] [--only PART,…]
+[--dry-run]``
 
 Needs this checkout, NumPy and CuPy; nothing is installed or downloaded, and gpugrad itself is taken
-from the checkout. PyTorch, pytest, safetensors, typer are used where they are found, and the report
-says which were missing. Every part runs in a process of its own under a time limit of its own; one
-that fails or hangs does not stop the rest, and what it had found by then is kept. The JSON is
-written again after every part: to ``--out``, or into the folder ``$OUT``, or to
+from the checkout with the PTX that is in it. PyTorch, pytest, compute-sanitizer, safetensors, typer
+are used where they are found, and the report says which were missing. Every part runs in a process
+of its own under a time limit of its own; one that fails or hangs does not stop the rest, and what
+it had found by then is kept. All parts end within eight minutes, those of ``--quick`` within two.
+
+The JSON is written again every other second and after every part, so that little is lost when the
+check itself is stopped: to ``--out``, or into the folder ``$OUT``, or to
 ``bench/results/gpu-<name>-<date>.json``. At the end there is one table; the exit status is 0 when
-every figure holds. ``--dry-run`` goes through everything on the CPU, small, and proves nothing
-about a GPU.
+every figure holds. ``--dry-run`` goes through everything without a GPU, small: what needs right
+results on the CPU, what launches and times on a stand-in for CuPy. It proves nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -25,23 +29,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from bench import common, gpu_judge
 
 WORKER = Path(__file__).with_name("gpu_parts.py")
-TOTAL_SECONDS = 210.0
-SCHEMA = 1
+#: For all parts; and for those of a quick check.
+TOTAL_SECONDS, QUICK_SECONDS = 475.0, 118.0
+#: For a part of a dry run, whose machine may be slow and have other things to do.
+PATIENCE = 60.0
+#: Between two writings of what the parts at work have found so far.
+SNAPSHOT_SECONDS = 2.0
+SCHEMA = 2
 
-# What must be reached on a GPU.
-DIGITS_ACCURACY = 0.97
-#: float32 on two machines: rounding differs in every product, and more so the longer it trains.
-CURVE_TOLERANCE = 0.02
-HOST_SHARE_OF_TORCH = 1.0
+WORKLOADS = ("mlp", "deep", "cnn", "lstm", "gpt")
+TOOLS = ("memcheck", "racecheck", "initcheck")
 
 Results = dict[str, Any]
 Judge = Callable[[Results], list[dict[str, Any]]]
@@ -49,18 +55,39 @@ Judge = Callable[[Results], list[dict[str, Any]]]
 
 @dataclass
 class Part:
-    """One piece of the check: what runs, for how long, beside whom, and what it must show."""
+    """One piece of the check: what runs, for how long, beside whom, and what it must show.
+
+    Attributes
+    ----------
+    group:
+        Parts of a group run side by side.
+    quick:
+        The limit in a quick check; None if it is no part of one.
+    launches:
+        Whether a dry run needs the stand-in for CuPy, and not the CPU.
+    """
 
     name: str
     about: str
     seconds: float
     group: int
-    judge: Judge = field(default=lambda results: [])
+    judge: Judge = gpu_judge.nothing
+    quick: float | None = None
+    launches: bool = False
     command: Sequence[str] | None = None
     arguments: Sequence[str] = ()
 
 
 # -- running --------------------------------------------------------------------------------------
+
+
+def how(part: Part, options: argparse.Namespace) -> list[str]:
+    """Where a part runs, and how much of it."""
+    quick = ["--quick"] if options.quick else []
+    if not options.dry_run:
+        return ["--device", options.device, *quick]
+    where = ["--device", "cuda:0", "--fake"] if part.launches else ["--device", options.device]
+    return [*where, "--small", *quick]
 
 
 class Running:
@@ -74,10 +101,11 @@ class Running:
         self.log = Path(self.folder.name) / "log.txt"
         self.start = time.monotonic()
         command = part.command or [
-            sys.executable, str(WORKER), part.name, "--device", options.device,
-            "--reference", "cpu", *(["--small"] if options.dry_run else []), *part.arguments,
+            sys.executable, str(WORKER), part.name, "--reference", "cpu", *how(part, options),
+            *part.arguments,
         ]  # fmt: skip
         env = common.environment() | {"GPU_CHECK_NOTES": str(self.notes)}
+        env.setdefault("TORCHINDUCTOR_CACHE_DIR", options.scratch)
         env["GPU_CHECK_DEADLINE"] = str(time.time() + self.limit)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -93,6 +121,19 @@ class Running:
             return False
         stop(self.process)
         return True
+
+    def so_far(self) -> dict[str, Any]:
+        """The entry of the report while it is at work."""
+        return {"status": "stopped", "why": "the check was stopped while this was at work",
+                "seconds": round(time.monotonic() - self.start, 1),
+                "limit": round(self.limit, 1), "results": read_notes(self.notes)}  # fmt: skip
+
+    def abandon(self) -> dict[str, Any]:
+        """End it before its time."""
+        entry = self.so_far()
+        stop(self.process)
+        self.folder.cleanup()
+        return entry
 
     def collect(self) -> dict[str, Any]:
         """The part's entry of the report."""
@@ -156,118 +197,101 @@ def run_all(
     options: argparse.Namespace,
     done: Callable[[str, dict[str, Any]], None],
     total: float = TOTAL_SECONDS,
+    so_far: Callable[[dict[str, dict[str, Any]]], None] = lambda entries: None,
+    why_not: Callable[[], str] = str,
 ) -> None:
-    """Run the groups one after another, the parts of a group side by side."""
-    start = time.monotonic()
-    for group in sorted({p.group for p in parts}):
-        active = []
-        for part in (p for p in parts if p.group == group):
-            left = total - (time.monotonic() - start)
-            if left < 1:
-                done(part.name, entry_not_run(f"the {total:.0f} s for all parts were over"))
-                continue
-            active.append(Running(part, options, left))
-        while active:
-            for running in [r for r in active if r.finished()]:
-                active.remove(running)
-                done(running.part.name, running.collect())
-            time.sleep(0.02)
+    """Run the groups one after another, the parts of a group side by side.
+
+    `done` gets the entry of each part that has ended, `so_far` now and then those of the parts at
+    work. `why_not` is asked before each group: why nothing more can run, or "". Whatever stops this
+    function stops the parts, too, and what they had found is kept.
+    """
+    start = shown = time.monotonic()
+    active: list[Running] = []
+    try:
+        for group in sorted({p.group for p in parts}):
+            for part in (p for p in parts if p.group == group):
+                left = total - (time.monotonic() - start)
+                if why := why_not():
+                    done(part.name, entry_not_run(why))
+                    continue
+                if left < 1:
+                    done(part.name, entry_not_run(f"the {total:.0f} s for all parts were over"))
+                    continue
+                active.append(Running(part, options, left))
+            while active:
+                for running in [r for r in active if r.finished()]:
+                    active.remove(running)
+                    done(running.part.name, running.collect())
+                if active and time.monotonic() - shown > SNAPSHOT_SECONDS:
+                    so_far({r.part.name: r.so_far() for r in active})
+                    shown = time.monotonic()
+                time.sleep(0.02)
+    finally:
+        for running in active:
+            done(running.part.name, running.abandon())
 
 
 def entry_not_run(why: str) -> dict[str, Any]:
     return {"status": "not run", "why": why, "seconds": 0.0, "limit": 0.0, "results": {}}
 
 
-# -- judging --------------------------------------------------------------------------------------
-
-
-def judge_tests(results: Results) -> list[dict[str, Any]]:
-    """No test marked gpu may fail, and some must have run."""
-    outcomes = [t["outcome"] for t in results.get("tests", ())]
-    bad = sum(o in ("failed", "error") for o in outcomes)
-    passed = outcomes.count("passed")
-    verdict = common.verdict(f"tests marked gpu that fail ({passed} pass, "
-                             f"{outcomes.count('skipped')} skipped, "
-                             f"{outcomes.count('not collected')} files not collected)",
-                             bad, 0, "")  # fmt: skip
-    if not passed and not bad:
-        return [common.not_run("tests marked gpu", results.get("summary") or "none ran")]
-    return [verdict]
-
-
-def judge_primitives(results: Results) -> list[dict[str, Any]]:
-    """Every primitive agrees with NumPy: value, gradient, second derivative."""
-    rows = results.get("primitives", [])
-    total = results.get("total", len(rows))
-    out = []
-    for check in ("value", "vjp", "second"):
-        bad = sum(row[check].startswith("fail") for row in rows)
-        good = sum(row[check] == "pass" for row in rows)
-        out.append(common.verdict(f"operations of {len(rows)} whose {check} differs from NumPy's "
-                                  f"({good} agree)", bad, 0, ""))  # fmt: skip
-    if len(rows) < total:
-        out.append(common.verdict("operations that were not reached", total - len(rows), 0, ""))
-    return out
-
-
-def judge_main_job(results: Results) -> list[dict[str, Any]]:
-    """The digits are learnt on the device, along the curve of the CPU."""
-    if "device" not in results:
-        return [common.not_run("main job on the device", "it did not get to its end")]
-    found = results["device"]
-    out = [common.verdict("digits on the device: test accuracy", found["accuracy"],
-                          DIGITS_ACCURACY, "", at_least=True)]  # fmt: skip
-    if "curve_difference" in results:
-        out.append(common.verdict("digits: loss curve beside the CPU's, greatest difference "
-                                  "over the first loss", results["curve_difference"],
-                                  CURVE_TOLERANCE, ""))  # fmt: skip
-    return out
-
-
-def judge_overhead(results: Results) -> list[dict[str, Any]]:
-    """Host time per operation at most PyTorch's."""
-    out = []
-    for row in results.get("chains", ()):
-        what = f"x*a+b on {row['shape']}: host time per operation, PyTorch = 1"
-        if "share_of_torch" in row:
-            out.append(common.verdict(what, row["share_of_torch"]["median"],
-                                      HOST_SHARE_OF_TORCH, ""))  # fmt: skip
-        else:
-            out.append(common.not_run(what, results.get("torch", "PyTorch did not run")))
-    return out or [common.not_run("overhead per operation", "no chain was finished")]
-
-
-def merge_shards(entries: Mapping[str, dict[str, Any]]) -> Results:
-    """The shards of the registry check as one result."""
-    rows = [row for e in entries.values() for row in e["results"].get("primitives", ())]
-    total = max((e["results"].get("total", 0) for e in entries.values()), default=0)
-    return {"primitives": sorted(rows, key=lambda r: r["name"]), "total": total}
-
-
 # -- plan, report ---------------------------------------------------------------------------------
 
 
-def plan(shards: int) -> list[Part]:
+def plan(shards: int, quick: bool = False) -> list[Part]:
     """The parts. Those that time something have the machine to themselves."""
+    judge = gpu_judge
     parts = [
-        Part("environment", "GPU, driver, libraries, versions", 35, 0),
-        Part("tests", "pytest -m gpu", 75, 1, judge_tests),
+        Part("environment", "GPU, driver, libraries, versions", 25, 0, quick=20, launches=True),
+        Part("tests", "pytest -m gpu", 100, 1, judge.tests, quick=25),
     ]
     parts += [
-        Part(f"primitives-{i}", f"the registry against NumPy, share {i + 1} of {shards}", 75, 1,
+        Part(f"primitives-{i}", f"the registry against NumPy, share {i + 1} of {shards}", 100, 1,
              arguments=("--shard", str(i), "--shards", str(shards)))
         for i in range(shards)
     ]  # fmt: skip
-    return [
-        *parts,
-        Part("main_job", "train every model on the device and on the CPU", 60, 2, judge_main_job),
-        Part("overhead", "chain of x*a+b beside PyTorch", 20, 3, judge_overhead),
-        Part("ceilings", "copy bandwidth, float32 matrix product", 15, 4),
-    ]
+    parts += [
+        Part(f"sanitizer-{tool}", f"compute-sanitizer {tool} on every kernel", 65, 2,
+             judge.sanitizer, launches=True)
+        for tool in TOOLS
+    ]  # fmt: skip
+    parts += [
+        Part(f"compile-{name}", f"torch.compile of {name}, ahead of the clock", 65, 2,
+             launches=True)
+        for name in WORKLOADS
+    ]  # fmt: skip
+    parts += [
+        Part("main_job", "train every model on the device and on the CPU", 50, 3, judge.main_job),
+        Part("ceilings", "copy bandwidth, float32 matrix product", 12, 4, quick=8, launches=True),
+        Part("claims", "figures that are claimed for GPUs", 30, 5, judge.claims, quick=16,
+             launches=True),
+        Part("kernels", "every family of kernels, share of a copy", 70, 6, judge.kernels, quick=19,
+             launches=True),
+        Part("overhead", "chain of x*a+b beside PyTorch", 18, 7, judge.overhead,
+             launches=True),
+    ]  # fmt: skip
+    parts += [
+        Part(f"steps-{name}", f"training step of {name} beside PyTorch", 18, 8 + i, judge.steps,
+             quick=12 if name in ("mlp", "gpt") else None, launches=True)
+        for i, name in enumerate(WORKLOADS)
+    ]  # fmt: skip
+    if not quick:
+        return parts
+    return [replace(p, seconds=p.quick) for p in parts if p.quick is not None]
+
+
+def seconds_of(parts: Sequence[Part]) -> float:
+    """The sum of the limits: of a group, that of its longest part."""
+    groups = {p.group for p in parts}
+    return sum(max(p.seconds for p in parts if p.group == group) for group in groups)
 
 
 def verdicts(parts: Sequence[Part], entries: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of the closing table from what the parts found, partial results included."""
+    nothing = entries.get("environment", {})
+    if nothing.get("status") == "not run":  # and so is everything else
+        return [common.not_run("everything", nothing["why"])]
     out = []
     shards = {n: e for n, e in entries.items() if n.startswith("primitives-")}
     whole = shards and all(p.name in entries for p in parts if p.name.startswith("primitives-"))
@@ -284,48 +308,20 @@ def verdicts(parts: Sequence[Part], entries: Mapping[str, dict[str, Any]]) -> li
         if entry["results"] and not part.name.startswith("primitives-"):
             out += part.judge(entry["results"])
     if whole and any(e["results"].get("primitives") for e in shards.values()):
-        out += judge_primitives(merge_shards(shards))
+        out += gpu_judge.primitives(gpu_judge.merge_shards(shards))
     return out
-
-
-def failures(entries: Mapping[str, dict[str, Any]], most: int = 20) -> list[str]:
-    """The first few things that went wrong, one line each."""
-    lines = []
-    for name, entry in entries.items():
-        lines += [f"{name}: {test['name']}: {test['why']}"
-                  for test in entry["results"].get("tests", ())
-                  if test["outcome"] in ("failed", "error")]  # fmt: skip
-        for row in entry["results"].get("primitives", ()):
-            lines += [f"{row['name']}: {check}: {row[check].removeprefix('fail: ')}"
-                      for check in ("value", "vjp", "second")
-                      if row[check].startswith("fail")]  # fmt: skip
-    if len(lines) > most:
-        lines[most:] = [f"… and {len(lines) - most} more, in the JSON"]
-    return [line[:200] for line in lines]
-
-
-def figures(entries: Mapping[str, dict[str, Any]]) -> str:
-    """The measured figures, beside the verdicts."""
-    text = []
-    chains = entries.get("overhead", {}).get("results", {}).get("chains", [])
-    rows = [{"chain": row["shape"], "library": library, **row["libraries"][library]}
-            for row in chains for library in row["libraries"]]  # fmt: skip
-    if rows:
-        columns = ["chain", "library", "host_us", "total_us", "event_us", "kernel_us", "kernels"]
-        text.append(f"Per operation (forward and backward):\n\n{common.table(rows, columns)}")
-    ceilings = entries.get("ceilings", {}).get("results", {}).get("ceilings", [])
-    if ceilings:
-        text.append(f"Ceilings:\n\n{common.table(ceilings)}")
-    return "\n\n".join(text)
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
 
 
-def destination(out: str | None, device_name: str, stamp: datetime, dry: bool) -> Path:
-    """Where the JSON goes."""
-    name = f"{'dry-run' if dry else 'gpu'}-{slug(device_name)}-{stamp:%Y-%m-%d}.json"
+def destination(
+    out: str | None, device_name: str, stamp: datetime, dry: bool, quick: bool = False
+) -> Path:
+    """Where the JSON goes; that of a quick check not in the place of a whole one."""
+    kind = "dry-run" if dry else "gpu-quick" if quick else "gpu"
+    name = f"{kind}-{slug(device_name)}-{stamp:%Y-%m-%d}.json"
     given = out or os.environ.get("OUT")
     if given:
         path = Path(given).absolute()
@@ -341,26 +337,41 @@ def check(parts: Sequence[Part], options: argparse.Namespace) -> tuple[dict[str,
     clock = time.monotonic()
     report: dict[str, Any] = {
         "tool": "gpu_check", "schema": SCHEMA, "dry_run": options.dry_run,
-        "device": options.device, **common.provenance(), "parts": {}, "verdicts": [],
+        "device": options.device, "quick": options.quick, "whole": False,
+        **common.provenance(), "parts": {}, "verdicts": [],
     }  # fmt: skip
-    path = destination(options.out, "unknown", started, options.dry_run)
+    path = destination(options.out, "unknown", started, options.dry_run, options.quick)
 
-    def done(name: str, entry: dict[str, Any]) -> None:
-        nonlocal path
-        report["parts"][name] = entry
+    def note(entries: dict[str, dict[str, Any]]) -> None:
+        report["parts"] |= entries
         report["seconds"] = round(time.monotonic() - clock, 1)
         report["verdicts"] = verdicts(parts, report["parts"])
         if options.dry_run:  # none of these lines shall be taken for a result
             for line in report["verdicts"]:
                 line["verdict"] = f"dry run: {line['verdict']}"
+        common.write_json(path, report)
+
+    def done(name: str, entry: dict[str, Any]) -> None:
+        nonlocal path
         if name == "environment":
             named = entry["results"].get("gpu", {}).get("name", "unknown")
-            path = destination(options.out, named, started, options.dry_run)
-        common.write_json(path, report)
+            path.unlink(missing_ok=True)  # the name of the GPU is known now
+            path = destination(options.out, named, started, options.dry_run, options.quick)
+        note({name: entry})
         why = f" ({entry['why']})" if entry["why"] else ""
         print(f"{name}: {entry['status']}{why}, {entry['seconds']:.1f} s", flush=True)
 
-    run_all(parts, options, done, options.seconds)
+    def why_not() -> str:
+        found = report["parts"].get("environment", {})
+        return "the environment has no GPU that can be used" * (found.get("status") == "not run")
+
+    with tempfile.TemporaryDirectory(prefix="gpu_check_torch_") as options.scratch:
+        try:
+            run_all(parts, options, done, options.seconds, note, why_not)
+            report["whole"] = True
+        except KeyboardInterrupt:
+            print("stopped; what was found by now is kept", flush=True)
+        note({})
     return report, path
 
 
@@ -374,13 +385,14 @@ def summary(report: Mapping[str, Any], path: Path) -> str:
         "",
         "DRY RUN on the CPU: says nothing about a GPU" if report["dry_run"] else "",
         f"{gpu.get('name', 'no GPU seen')}, driver {gpu.get('driver', '?')}, "
-        f"runtime {gpu.get('runtime', '?')}; commit {report['commit']}; {report['seconds']:.0f} s",
+        f"runtime {gpu.get('runtime', '?')}; commit {report['commit']}; {report['seconds']:.0f} s"
+        f"{'' if report['whole'] else '; STOPPED before its end'}",
         ", ".join(f"{k} {v}" for k, v in versions.items()),
         f"not installed here: {', '.join(missing)}" if missing else "",
         "",
-        figures(report["parts"]),
+        gpu_judge.figures(report["parts"]),
         "",
-        *failures(report["parts"]),
+        *gpu_judge.failures(report["parts"]),
         "",
         common.verdict_table(report["verdicts"]),
         f"\n{path}",
@@ -396,24 +408,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: cuda:0; cpu in a dry run")
     parser.add_argument("--only", default="", help="names of parts, separated by commas")
     parser.add_argument("--shards", type=int, help="processes for the registry check")
-    parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="for all parts")
-    parser.add_argument("--dry-run", action="store_true", help="everything on the CPU, small")
+    parser.add_argument("--seconds", type=float, help="for all parts")
+    parser.add_argument("--quick", action="store_true", help="the most telling parts only")
+    parser.add_argument("--dry-run", action="store_true", help="everything without a GPU, small")
     options = parser.parse_args(arguments)
+    usual = QUICK_SECONDS if options.quick else TOTAL_SECONDS
+    options.seconds = options.seconds or (20 * PATIENCE if options.dry_run else usual)
     options.device = options.device or ("cpu" if options.dry_run else "cuda:0")
     cores = common.machine()["cores"] or 2
-    parts = plan(options.shards or max(1, min(6, cores // 2)))
+    parts = plan(options.shards or max(1, min(6, cores // 2)), options.quick)
     only = [name for name in options.only.split(",") if name]
     if only:
         parts = [p for p in parts if any(p.name.startswith(name) for name in only)]
+    if options.dry_run:  # no time matters: side by side, and with patience
+        first = {p.name: 1 + i // (2 * cores) for i, p in enumerate(parts)} | {"environment": 0}
+        parts = [replace(p, group=first[p.name], seconds=PATIENCE) for p in parts]
     print(f"{'dry run: ' if options.dry_run else ''}device {options.device}, at most "
-          f"{options.seconds:.0f} s")  # fmt: skip
+          f"{min(options.seconds, seconds_of(parts)):.0f} s")  # fmt: skip
     print(common.table([{"part": p.name, "what": p.about, "limit s": p.seconds, "step": p.group}
                         for p in parts]), flush=True)  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: interrupt())
     report, path = check(parts, options)
     print(summary(report, path))
     if options.dry_run:
         return int(any(e["status"] in ("failed", "timed out") for e in report["parts"].values()))
-    return int(any(v["verdict"] != "holds" for v in report["verdicts"]))
+    return int(not report["whole"] or any(v["verdict"] != "holds" for v in report["verdicts"]))
+
+
+def interrupt() -> None:
+    """A request to end is taken as Ctrl-C is."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

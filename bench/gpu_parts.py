@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,116 +22,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench import common
+from bench.gpu_device import (
+    Notes,
+    NotRun,
+    import_torch,
+    message,
+    open_device,
+    seconds_left,
+    timed,
+    torch_device,
+)
 
 WANTED = ("cupy", "torch", "numba", "pytest", "hypothesis", "safetensors", "typer", "rich",
           "array_api_strict", "autograd")  # fmt: skip
-
-
-class NotRun(Exception):
-    """A part that has nothing to do here, and why."""
-
-
-class Notes:
-    """What a part has found so far."""
-
-    def __init__(self) -> None:
-        path = os.environ.get("GPU_CHECK_NOTES")
-        self.file = open(path, "a", encoding="utf-8") if path else sys.stdout  # noqa: SIM115
-
-    def put(self, **values: Any) -> None:
-        """Set results by name."""
-        for key, value in values.items():
-            self._write("put", key, value)
-
-    def add(self, key: str, value: Any) -> None:
-        """Append to a list."""
-        self._write("add", key, value)
-
-    def _write(self, how: str, key: str, value: Any) -> None:
-        self.file.write(json.dumps([how, key, value]) + "\n")
-        self.file.flush()
-
-
-def seconds_left() -> float:
-    """Until this part is stopped."""
-    return float(os.environ.get("GPU_CHECK_DEADLINE", time.time() + 60)) - time.time()
-
-
-def message(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
-
-
-# -- devices --------------------------------------------------------------------------------------
-
-
-class Cpu:
-    """NumPy on this machine: stands in for a GPU when the check itself is checked."""
-
-    name = "cpu"
-
-    def __init__(self, device: str = "cpu") -> None:
-        import numpy
-
-        self.xp = numpy
-
-    def synchronize(self) -> None:
-        """Nothing runs behind our back."""
-
-    def event(self) -> Any:
-        return time.perf_counter()
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Seconds between two events."""
-        return float(end - start)
-
-
-class Cuda:
-    """CuPy on one GPU."""
-
-    name = "cuda"
-
-    def __init__(self, device: str) -> None:
-        if not importlib.util.find_spec("cupy"):
-            raise NotRun("CuPy is not installed")
-        import cupy
-
-        if not cupy.is_available():
-            raise NotRun("CuPy finds no usable CUDA device")
-        self.xp = cupy
-        cupy.cuda.Device(int(device.partition(":")[2] or 0)).use()
-
-    def synchronize(self) -> None:
-        self.xp.cuda.get_current_stream().synchronize()
-
-    def event(self) -> Any:
-        event = self.xp.cuda.Event()
-        event.record()
-        return event
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        end.synchronize()
-        return float(self.xp.cuda.get_elapsed_time(start, end)) / 1e3
-
-
-def open_device(device: str) -> Any:
-    return Cpu() if device.startswith("cpu") else Cuda(device)
-
-
-def torch_device(device: str) -> Any:
-    """PyTorch ready to compute on the same device; NotRun when it cannot."""
-    if not importlib.util.find_spec("torch"):
-        raise NotRun("PyTorch is not installed")
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    if device.startswith("cpu"):
-        torch.set_num_threads(1)
-    elif not torch.cuda.is_available():
-        raise NotRun("PyTorch finds no CUDA device")
-    return torch
 
 
 # -- environment ----------------------------------------------------------------------------------
@@ -169,10 +72,10 @@ def environment(notes: Notes, options: argparse.Namespace) -> None:
         answer = gpugrad.tensor([1.0, 2.0], device=options.device, requires_grad=True)
         (answer * answer).backward(gpugrad.tensor([1.0, 1.0], device=options.device))
         notes.put(first_gradient=answer.grad.tolist())
-    if "torch" not in missing:
-        import torch
-
-        notes.put(torch_cuda=torch.version.cuda)
+    try:
+        notes.put(torch_cuda=import_torch().version.cuda)
+    except NotRun as reason:
+        notes.put(torch=str(reason))
     if "numba" not in missing and not options.small:
         code = "import numba.cuda as c; print(c.is_available())"
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
@@ -197,7 +100,7 @@ def tests(notes: Notes, options: argparse.Namespace) -> None:
     """Every test marked gpu."""
     from bench import gpu_tests
 
-    gpu_tests.run(notes, common.ROOT / "tests")
+    gpu_tests.run(notes, common.ROOT / "tests", options.quick)
 
 
 def primitives(notes: Notes, options: argparse.Namespace) -> None:
@@ -205,7 +108,7 @@ def primitives(notes: Notes, options: argparse.Namespace) -> None:
     open_device(options.device)  # says why when there is none
     from bench import gpu_registry
 
-    names = gpu_registry.names()
+    names = gpu_registry.names()[:: 8 if options.small else 1]
     notes.put(total=len(names))
     mine = names[options.shard :: options.shards]
     for name in mine:
@@ -314,18 +217,6 @@ def overhead(notes: Notes, options: argparse.Namespace) -> None:
         profiled[f"{size}x{size}"] = {n: m(size, options.device, 50) for n, m in makers.items()}
         counted(row, profiled[row["shape"]], torch, device, notes)
         notes.add("chains", row)
-
-
-def timed(device: Any, run: Callable[[], Any]) -> tuple[float, float, float]:
-    """Seconds until everything was handed to the device, until it was done, and between events."""
-    device.synchronize()
-    begin = time.perf_counter()
-    first = device.event()
-    run()
-    last = device.event()
-    host = time.perf_counter() - begin
-    device.synchronize()
-    return host, time.perf_counter() - begin, device.elapsed(first, last)
 
 
 def counted(
@@ -445,6 +336,48 @@ def ceilings(notes: Notes, options: argparse.Namespace) -> None:
     row(f"PyTorch matmul {n}, TF32 off", 2e-12 * n**3, "TFLOP/s", lambda: t @ t, repeats // 3)
 
 
+def kernels(notes: Notes, options: argparse.Namespace) -> None:
+    """Every family of kernels, as a share of a copy."""
+    from bench import gpu_kernels
+
+    gpu_kernels.measure(notes, options)
+
+
+def steps(notes: Notes, options: argparse.Namespace) -> None:
+    """Training steps beside PyTorch's."""
+    from bench import gpu_steps
+
+    gpu_steps.steps(notes, options)
+
+
+def compiled(notes: Notes, options: argparse.Namespace) -> None:
+    """PyTorch's compiler, ahead of the clock."""
+    from bench import gpu_steps
+
+    gpu_steps.compile_ahead(notes, options)
+
+
+def claims(notes: Notes, options: argparse.Namespace) -> None:
+    """What is claimed for GPUs."""
+    from bench import gpu_steps
+
+    gpu_steps.claims(notes, options)
+
+
+def sanitizer(notes: Notes, options: argparse.Namespace) -> None:
+    """compute-sanitizer, when it is installed."""
+    from bench import gpu_sanitize
+
+    gpu_sanitize.sanitize(notes, options)
+
+
+def touch(notes: Notes, options: argparse.Namespace) -> None:
+    """Every kernel once."""
+    from bench import gpu_kernels
+
+    gpu_kernels.touch(options)
+
+
 PARTS = {
     "environment": environment,
     "tests": tests,
@@ -452,21 +385,37 @@ PARTS = {
     "main_job": main_job,
     "overhead": overhead,
     "ceilings": ceilings,
+    "kernels": kernels,
+    "claims": claims,
+    "steps": steps,
+    "compile": compiled,
+    "sanitizer": sanitizer,
+    "touch": touch,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", help="primitives-0, primitives-1, … are shares of primitives")
+    parser.add_argument("part", help="primitives-0, steps-gpt, …: a part and which share of it")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--reference", default="cpu")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--fake", action="store_true", help="on a stand-in for CuPy")
     parser.add_argument("--shard", type=int, default=0)
     parser.add_argument("--shards", type=int, default=1)
     options = parser.parse_args(arguments)
+    name, _, share = options.part.partition("-")
+    options.workload = options.tool = share
+    if options.fake:
+        from bench import gpu_fake
+
+        gpu_fake.install()
     notes = Notes()
+    if "GPU_CHECK_DEADLINE" in os.environ and hasattr(signal, "alarm"):
+        signal.alarm(max(1, int(seconds_left()) + 5))  # should nobody be left who would stop this
     try:
-        PARTS[options.part.partition("-")[0]](notes, options)
+        PARTS[name](notes, options)
     except NotRun as reason:
         notes.put(not_run=str(reason))
     return 0

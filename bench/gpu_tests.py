@@ -16,13 +16,23 @@ from typing import Any
 MARK = "gpu"
 
 
-def run(notes: Any, folder: Path) -> None:
+#: What a quick check leaves out: cases of other dtypes than float32.
+SLOW = "not float16 and not bfloat16 and not float64"
+
+
+def run(notes: Any, folder: Path, quick: bool = False) -> None:
     """Run them and note one line per test as it ends."""
     if importlib.util.find_spec("pytest"):
-        with_pytest(notes, folder)
+        with_pytest(notes, folder, SLOW if quick else "")
     else:
         notes.put(runner="pytest is not installed: fallback, tests with fixtures are left out")
         without_pytest(notes, folder)
+
+
+def marked(folder: Path) -> list[Path]:
+    """The test files that mention the mark: collecting all the others takes longer than these."""
+    return [path for path in sorted(folder.rglob("test_*.py"))
+            if f"mark.{MARK}" in path.read_text(encoding="utf-8")]  # fmt: skip
 
 
 class Recorder:
@@ -52,13 +62,14 @@ class Recorder:
                                  "seconds": round(seconds, 3)})  # fmt: skip
 
 
-def with_pytest(notes: Any, folder: Path) -> None:
+def with_pytest(notes: Any, folder: Path, chosen: str = "") -> None:
     """pytest, with settings of its own: a warning of the machine's CuPy is no failure of ours."""
     import pytest
 
     os.environ.pop("PYTEST_ADDOPTS", None)  # the caller's are for its own pytest
     code = pytest.main(
-        [str(folder), "-m", MARK, "-q", "-o", "addopts=--import-mode=importlib",
+        [*map(str, marked(folder)), "-m", MARK, "-k", chosen, "-q",
+         "-o", "addopts=--import-mode=importlib",
          "-o", "minversion=1.0", "-o", "filterwarnings=default", "-p", "no:cacheprovider",
          "-p", "no:xdist", "--continue-on-collection-errors", f"--rootdir={folder.parent}",
          "-c", str(folder.parent / "pyproject.toml")],
@@ -145,9 +156,7 @@ def without_pytest(notes: Any, folder: Path) -> None:
     sys.modules["pytest"] = stand_in()
     sys.path.insert(0, str(folder.parent))
     note = Recorder(notes).note
-    for path in sorted(folder.rglob("test_*.py")):
-        if f"mark.{MARK}" not in path.read_text(encoding="utf-8"):
-            continue
+    for path in marked(folder):
         name = str(path.relative_to(folder.parent))
         try:
             spec = importlib.util.spec_from_file_location(path.stem, path)

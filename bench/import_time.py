@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from gpugrad.bench import common
 
 SECONDS_BEYOND_NUMPY = 0.2
 #: Libraries that are needed later or never; none of them may come with `import gpugrad`.

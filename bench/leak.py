@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from gpugrad.bench import common
 
 STEPS, SETTLED = 10_000, 500
 #: The smallest leak, one tensor a step, is 56 bytes and its array 160 more: 2 MiB over 9,500 steps.

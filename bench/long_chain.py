@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from gpugrad.bench import common
 
 LENGTHS = (10_000, 100_000, 1_000_000)
 QUICK_LENGTHS = (10_000, 50_000)

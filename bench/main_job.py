@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from gpugrad.bench import common
 
 #: data set → (test accuracy to reach, wall seconds for the whole command)
 TARGETS = {"digits": (0.97, 15.0), "fashion-mnist": (0.885, 90.0)}

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+from gpugrad.bench import common, family
+from gpugrad.bench.workload import FAMILIES
 
-NAMES = (
-    "overhead", "import_time", "long_chain", "leak", "main_job",
-    "bias_gelu", "optimizer", "softmax", "norm", "products", "dropout", "embedding",
-    "attention", "convolution", "recurrent", "averaging", "data", "gpt", "steps",
-)  # fmt: skip
+#: Benchmarks that measure something else than the time of a workload.
+SCRIPTS = ("overhead", "import_time", "long_chain", "leak", "main_job", "products", "data")
+NAMES = (*SCRIPTS, *FAMILIES)
 BEGIN, END = "<!-- begin: written by bench/run.py -->", "<!-- end -->"
 
 
@@ -32,7 +31,11 @@ def run_all(names: list[str], quick: bool) -> dict[str, Any]:
         print(f"\n## {name}\n", flush=True)
         start = time.perf_counter()
         try:
-            report = importlib.import_module(f"bench.{name}").report(quick)
+            report = (
+                importlib.import_module(f"gpugrad.bench.{name}").report(quick)
+                if name in SCRIPTS
+                else family.report(name, quick)
+            )
             common.finish(report, None)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"

@@ -1,129 +1,56 @@
 """Whole training steps: forward, loss, backward, clipping by the global norm, AdamW.
 
-``python bench/steps.py [--quick] [--only NAME,…] [--json PATH]``. Two threads, float32. Each
-contender has a process of its own and they take turns; all begin with the same parameters and
-batches, and must have the same losses in the first four steps before anything is timed. The nets of
-gpugrad and of PyTorch are made by one text: only what it is given as `nn` differs.
+``python bench/steps.py [--quick] [--only NAME,…] [--json PATH]``. All begin with the same
+parameters and batches, and must have the same losses in the first four steps. The nets of gpugrad
+and of PyTorch are made by one text: only what it is given as `nn` differs.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import common
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-THREADS = 2
+from gpugrad.bench import workload
+from gpugrad.bench.workload import Contender, Job, Maker, Workload
+
 CLIP, LR = 1.0, 1e-3
+BETA1, BETA2, EPS, DECAY = 0.9, 0.999, 1e-8, 1e-2
+#: Batches that take turns, and steps whose losses are compared.
 BATCHES = 4
 
 Arrays = dict[str, Any]
-#: One step, giving the loss as something that can be made a number later.
-Step = Callable[[], Any]
+#: The net of a size, made of a library's modules.
+Net = Callable[..., Any]
+#: Inputs and targets, of NumPy, from a generator and a size.
+Data = Callable[..., tuple[Any, Any]]
+#: The net's result from `jax`, a size, parameters by name and inputs.
+JaxNet = Callable[[Any, tuple[Any, ...], Arrays, Any], Any]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A net and its data.
-
-    Attributes
-    ----------
-    net:
-        The module, from a library's `nn`.
-    data:
-        Inputs and targets, of NumPy, from a generator.
-    jax:
-        The net's result from parameters by name and inputs, with `jax` and `jax.numpy`; None if
-        nobody has written it.
-    least:
-        How many times as fast as the best peer it must be.
-    shape:
-        What the result of the net is reshaped to before the loss, `(-1, classes)`; None if nothing.
-    without:
-        Contenders that cannot take part.
-    """
-
-    net: Callable[[Any], Any]
-    data: Callable[[Any], tuple[Any, Any]]
-    jax: Callable[[Any, Any, Arrays, Any], Any] | None
-    least: float
-    without: tuple[str, ...] = ()
+# -- the frame ------------------------------------------------------------------------------------
 
 
-# -- the nets --------------------------------------------------------------------------------------
-
-
-def mlp(nn: Any) -> Any:
-    return nn.Sequential(
-        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+def step(
+    name: str, what: str, *, net: Net, data: Data, jax: JaxNet | None = None, **options: Any
+) -> Workload:
+    """A workload of training steps; see the names above for its parts."""
+    makers: dict[str, Maker] = {
+        "gpugrad": partial(_with_gpugrad, net, data),
+        "torch": partial(_with_torch, net, data),
+    }
+    if jax is not None:
+        makers["jax"] = partial(_with_jax, net, data, jax)
+    tolerance = options.pop("tolerance", 1e-4)
+    return Workload(
+        name=name, what=what, makers=makers, kind="step", tolerance=tolerance, **options
     )
-
-
-def mlp_data(random: Any) -> tuple[Any, Any]:
-    return random.standard_normal((128, 784), dtype="float32"), random.integers(0, 10, 128)
-
-
-def mlp_jax(jax: Any, jnp: Any, p: Arrays, x: Any) -> Any:
-    for i in (0, 2):
-        x = jax.nn.relu(x @ p[f"{i}.weight"].T + p[f"{i}.bias"])
-    return x @ p["4.weight"].T + p["4.bias"]
-
-
-DEPTH = 100
-
-
-def deep(nn: Any) -> Any:
-    layers = [layer for _ in range(DEPTH) for layer in (nn.Linear(64, 64), nn.Tanh())]
-    return nn.Sequential(*layers, nn.Linear(64, 10))
-
-
-def deep_data(random: Any) -> tuple[Any, Any]:
-    return random.standard_normal((64, 64), dtype="float32"), random.integers(0, 10, 64)
-
-
-def deep_jax(jax: Any, jnp: Any, p: Arrays, x: Any) -> Any:
-    for i in range(0, 2 * DEPTH, 2):
-        x = jnp.tanh(x @ p[f"{i}.weight"].T + p[f"{i}.bias"])
-    return x @ p[f"{2 * DEPTH}.weight"].T + p[f"{2 * DEPTH}.bias"]
-
-
-def cnn(nn: Any) -> Any:
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Linear(128, 10),
-    )  # fmt: skip
-
-
-def cnn_data(random: Any) -> tuple[Any, Any]:
-    return random.standard_normal((64, 1, 28, 28), dtype="float32"), random.integers(0, 10, 64)
-
-
-def cnn_jax(jax: Any, jnp: Any, p: Arrays, x: Any) -> Any:
-    for i in (0, 2):
-        x = jax.lax.conv(x, p[f"{i}.weight"], (1, 1), "VALID")
-        x = jax.nn.relu(x + p[f"{i}.bias"][:, None, None])
-    x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
-    x = jax.nn.relu(x.reshape(x.shape[0], -1) @ p["6.weight"].T + p["6.bias"])
-    return x @ p["8.weight"].T + p["8.bias"]
-
-
-WORKLOADS = {
-    "mlp": Workload(mlp, mlp_data, mlp_jax, 1.3),
-    "deep": Workload(deep, deep_data, deep_jax, 1.5),
-    # PyTorch 2.13 compiles gradients of zero for what is before the pool.
-    "cnn": Workload(cnn, cnn_data, cnn_jax, 1.6, without=("torch.compile, fused",)),
-}
-
-
-# -- the contenders --------------------------------------------------------------------------------
 
 
 def initial(shapes: dict[str, tuple[int, ...]]) -> Arrays:
@@ -135,194 +62,232 @@ def initial(shapes: dict[str, tuple[int, ...]]) -> Arrays:
     for name, shape in shapes.items():
         x = random.standard_normal(shape, dtype=np.float32)
         if len(shape) < 2:
-            made[name] = np.float32(0.01) * x + np.float32(name.endswith("norm.weight"))
+            gain = "norm" in name and name.endswith("weight")
+            made[name] = np.float32(0.01) * x + np.float32(gain)
         else:
             made[name] = x / np.float32(math.sqrt(math.prod(shape[1:])))
     return made
 
 
-def batches(work: Workload) -> list[tuple[Any, Any]]:
+def batches(data: Data, size: tuple[Any, ...]) -> list[tuple[Any, Any]]:
     import numpy as np
 
     random = np.random.default_rng(11)
-    return [work.data(random) for _ in range(BATCHES)]
+    return [data(random, *size) for _ in range(BATCHES)]
 
 
-def with_gpugrad(work: Workload, mode: str = "auto") -> Step:
+def losses(run: Callable[[], Any]) -> Job:
+    """The job of steps that give their loss."""
+    return Job(run, lambda: [[float(run()) for _ in range(BATCHES)]])
+
+
+def _with_gpugrad(net: Net, data: Data, size: tuple[Any, ...], who: Contender) -> Job:
     import gpugrad as gg
     from gpugrad import nn
 
-    net = work.net(nn)
-    shapes = {name: p.shape for name, p in net.named_parameters()}
-    net.load_state_dict({k: gg.tensor(x) for k, x in initial(shapes).items()}, strict=False)
-    optimizer = gg.optim.AdamW(net.parameters(), lr=LR)
-    data = [(gg.tensor(x), gg.tensor(t)) for x, t in batches(work)]
+    model = net(nn, *size)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    model.load_state_dict({k: gg.tensor(x) for k, x in initial(shapes).items()}, strict=False)
+    model.to(who.device)
+    optimizer = gg.optim.AdamW(model.parameters(), lr=LR)
+    rows = [
+        (gg.tensor(x, device=who.device), gg.tensor(t, device=who.device))
+        for x, t in batches(data, size)
+    ]
     number = 0
 
-    def step() -> Any:
+    def run() -> Any:
         nonlocal number
-        x, target = data[number % BATCHES]
+        x, target = rows[number % BATCHES]
         number += 1
-        with gg.use_kernels(mode):
+        with gg.use_kernels(who.variant):
             optimizer.zero_grad()
-            y = net(x)
+            y = model(x)
             loss = nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape(-1))
             loss.backward()
             optimizer.step(clip=CLIP)
-        return loss
+        return loss.detach()
 
-    return step
+    return losses(run)
 
 
-def with_torch(work: Workload, fused: bool = False, compiled: bool = False) -> Step:
+def _with_torch(net: Net, data: Data, size: tuple[Any, ...], who: Contender) -> Job:
     import torch
     from torch import nn
 
-    torch.set_num_threads(THREADS)
-    net = work.net(nn)
-    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    workload.start_torch()
+    model = net(nn, *size)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state = {k: torch.from_numpy(x) for k, x in initial(shapes).items()}
-    net.load_state_dict(state, strict=False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LR, fused=fused)
-    data = [(torch.from_numpy(x), torch.from_numpy(t)) for x, t in batches(work)]
-    run = torch.compile(net) if compiled else net
+    model.load_state_dict(state, strict=False)
+    model.to(who.device)
+    fused = who.variant in ("fused", "compiled")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=fused or None)
+    rows = [
+        (torch.tensor(x, device=who.device), torch.tensor(t, device=who.device))
+        for x, t in batches(data, size)
+    ]
+    forward = workload.compiled(model, who)
     number = 0
 
-    def step() -> Any:
+    def run() -> Any:
         nonlocal number
-        x, target = data[number % BATCHES]
+        x, target = rows[number % BATCHES]
         number += 1
         optimizer.zero_grad()
-        y = run(x)
+        y = forward(x)
         loss = nn.functional.cross_entropy(y.reshape(-1, y.shape[-1]), target.reshape(-1))
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         return loss.detach()
 
-    return step
+    return losses(run)
 
 
-def with_jax(work: Workload) -> Step:
+def adamw(jnp: Any, state: Any, grads: Any) -> Any:
+    """Clipping by the norm and AdamW on dictionaries of arrays, for JAX: the next state."""
+    params, means, squares, n = state
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in grads.values()))
+    factor = jnp.minimum(CLIP / (norm + 1e-6), 1.0)
+    n = n + 1
+    new: tuple[Arrays, Arrays, Arrays] = ({}, {}, {})
+    for k, p in params.items():
+        g = factor * grads[k]
+        m = BETA1 * means[k] + (1 - BETA1) * g
+        v = BETA2 * squares[k] + (1 - BETA2) * jnp.square(g)
+        root = jnp.sqrt(v / (1 - BETA2**n)) + EPS
+        p = p * (1 - LR * DECAY) - LR / (1 - BETA1**n) * m / root
+        for kept, value in zip(new, (p, m, v)):
+            kept[k] = value
+    return *new, n
+
+
+def start_adamw(jax: Any, params: Arrays) -> Any:
+    """The state before the first step."""
+    zeros = [jax.tree.map(jax.numpy.zeros_like, params) for _ in range(2)]
+    return (params, *zeros, jax.numpy.float32(0))
+
+
+def _with_jax(net: Net, data: Data, forward: JaxNet, size: tuple[Any, ...], who: Contender) -> Job:
     import jax
     import jax.numpy as jnp
 
     from gpugrad import nn
 
-    assert work.jax is not None
-    net = partial(work.jax, jax, jnp)
-    shapes = {name: p.shape for name, p in work.net(nn).named_parameters()}
+    shapes = {name: p.shape for name, p in net(nn, *size).named_parameters()}
     params = {name: jnp.asarray(x) for name, x in initial(shapes).items()}
-    data = [(jnp.asarray(x), jnp.asarray(t)) for x, t in batches(work)]
-    beta1, beta2, eps, decay = 0.9, 0.999, 1e-8, 1e-2
+    rows = [(jnp.asarray(x), jnp.asarray(t)) for x, t in batches(data, size)]
 
     def loss_of(params: Arrays, x: Any, target: Any) -> Any:
-        y = net(params, x)
+        y = forward(jax, size, params, x)
         shares = jax.nn.log_softmax(y.reshape(-1, y.shape[-1]))
         return -jnp.take_along_axis(shares, target.reshape(-1, 1), 1).mean()
 
     def update(state: Any, x: Any, target: Any) -> Any:
-        params, means, squares, n = state
-        loss, grads = jax.value_and_grad(loss_of)(params, x, target)
-        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in grads.values()))
-        factor = jnp.minimum(CLIP / (norm + 1e-6), 1.0)
-        n = n + 1
-        new: list[Arrays] = [{}, {}, {}]
-        for k, p in params.items():
-            g = factor * grads[k]
-            m = beta1 * means[k] + (1 - beta1) * g
-            v = beta2 * squares[k] + (1 - beta2) * jnp.square(g)
-            root = jnp.sqrt(v / (1 - beta2**n)) + eps
-            p = p * (1 - LR * decay) - LR / (1 - beta1**n) * m / root
-            for kept, value in zip(new, (p, m, v), strict=True):
-                kept[k] = value
-        return (*new, n), loss
+        loss, grads = jax.value_and_grad(loss_of)(state[0], x, target)
+        return adamw(jnp, state, grads), loss
 
-    zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
-    state = (params, *zeros, jnp.float32(0))
-    compiled = jax.jit(update, donate_argnums=0)
+    state = start_adamw(jax, params)
+    function = jax.jit(update, donate_argnums=0)
     number = 0
 
-    def step() -> Any:
+    def run() -> Any:
         nonlocal state, number
-        state, loss = jax.block_until_ready(compiled(state, *data[number % BATCHES]))
+        state, loss = jax.block_until_ready(function(state, *rows[number % BATCHES]))
         number += 1
         return loss
 
-    return step
+    return losses(run)
 
 
-#: Everybody, by name: the library that has to be installed, and what makes the contender.
-CONTENDERS: dict[str, tuple[str, Callable[[Workload], Step]]] = {
-    "gpugrad": ("numpy", with_gpugrad),
-    "gpugrad, kernels off": ("numpy", partial(with_gpugrad, mode="off")),
-    "torch": ("torch", with_torch),
-    "torch, fused": ("torch", partial(with_torch, fused=True)),
-    "torch.compile, fused": ("torch", partial(with_torch, fused=True, compiled=True)),
-    "jax.jit": ("jax", with_jax),
-}
+def jax_linear(p: Arrays, name: str, x: Any) -> Any:
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
 
-def serve(contender: str, workload: str) -> None:
-    """Be a contender; the answer is the losses of the first four steps."""
-    step = CONTENDERS[contender][1](WORKLOADS[workload])
-    common.serve(step, lambda: [float(step()) for _ in range(BATCHES)])
+# -- the nets -------------------------------------------------------------------------------------
 
 
-def measure(workload: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of everybody who is installed, in each round."""
-    work = WORKLOADS[workload]
-    commands = {
-        name: ["--serve", name, "--only", workload]
-        for name, (library, _) in CONTENDERS.items()
-        if importlib.util.find_spec(library)
-        and (library != "jax" or work.jax)
-        and name not in work.without
-    }
-    seconds, answers = common.alternate_processes(
-        __file__, commands, rounds=rounds, threads=THREADS
+def mlp(nn: Any, rows: int, width: int) -> Any:
+    return nn.Sequential(
+        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
-    for name, losses in answers.items():
-        worst = max(abs(a - b) for a, b in zip(losses, answers["gpugrad"], strict=True))
-        if not worst <= 1e-3:  # a hundred layers make differences grow
-            raise RuntimeError(f"{workload}: {name} has losses {losses}, not {answers['gpugrad']}")
-    return seconds
 
 
-def report(quick: bool, only: str = "") -> dict[str, Any]:
-    rows, verdicts, results = [], [], {}
-    for workload in only.split(",") if only else WORKLOADS:
-        results[workload] = timed = measure(workload, rounds=2 if quick else 15)
-        own = timed["gpugrad"]
-        rows += [
-            {"step, ms": workload, "contender": name, **common.spread(s, 1e3),
-             "over gpugrad": common.ratio(s, own)["median"]}
-            for name, s in timed.items()
-        ]  # fmt: skip
-        peers = {name: s for name, s in timed.items() if not name.startswith("gpugrad")}
-        if not peers:
-            verdicts.append(common.not_run(f"step of {workload}", "no peer is installed"))
-            continue
-        best = min(peers, key=lambda name: sorted(peers[name])[len(peers[name]) // 2])
-        speed_up = common.ratio(peers[best], own)["median"]
-        verdicts.append(common.verdict(f"step of {workload}, over {best}", speed_up,
-                                       WORKLOADS[workload].least, "x", at_least=True))  # fmt: skip
-    return {"benchmark": "steps", "quick": quick, "threads": THREADS, **common.provenance(),
-            "results": results, "verdicts": verdicts, "table": common.table(rows)}  # fmt: skip
+def mlp_data(random: Any, rows: int, width: int) -> tuple[Any, Any]:
+    return random.standard_normal((rows, 784), dtype="float32"), random.integers(0, 10, rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rounds: a check, no result")
-    parser.add_argument("--only", default="", help="names, separated by commas")
-    parser.add_argument("--json", help="write the report to this file")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.serve:
-        serve(options.serve, options.only)
-    else:
-        common.finish(report(options.quick, options.only), options.json)
+def mlp_jax(jax: Any, size: tuple[Any, ...], p: Arrays, x: Any) -> Any:
+    for i in (0, 2):
+        x = jax.nn.relu(jax_linear(p, f"{i}", x))
+    return jax_linear(p, "4", x)
+
+
+def deep(nn: Any, depth: int, rows: int) -> Any:
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+def deep_data(random: Any, depth: int, rows: int) -> tuple[Any, Any]:
+    return random.standard_normal((rows, 64), dtype="float32"), random.integers(0, 10, rows)
+
+
+def deep_jax(jax: Any, size: tuple[Any, ...], p: Arrays, x: Any) -> Any:
+    last = 2 * size[0]
+    for i in range(0, last, 2):
+        x = jax.numpy.tanh(jax_linear(p, f"{i}", x))
+    return jax_linear(p, f"{last}", x)
+
+
+def cnn(nn: Any, rows: int) -> Any:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def cnn_data(random: Any, rows: int) -> tuple[Any, Any]:
+    images = random.standard_normal((rows, 1, 28, 28), dtype="float32")
+    return images, random.integers(0, 10, rows)
+
+
+def cnn_jax(jax: Any, size: tuple[Any, ...], p: Arrays, x: Any) -> Any:
+    for i in (0, 2):
+        x = jax.lax.conv(x, p[f"{i}.weight"], (1, 1), "VALID")
+        x = jax.nn.relu(x + p[f"{i}.bias"][:, None, None])
+    low = -jax.numpy.inf
+    x = jax.lax.reduce_window(x, low, jax.lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+    x = jax.nn.relu(jax_linear(p, "6", x.reshape(x.shape[0], -1)))
+    return jax_linear(p, "8", x)
+
+
+WORKLOADS: tuple[Workload, ...] = (
+    step(
+        "step of an MLP", "784 to 10 by two hidden layers: rows, units",
+        sizes={"16, 64": (16, 64), "128, 512": (128, 512)},
+        net=mlp, data=mlp_data, jax=mlp_jax, least=1.3,
+        flops=lambda rows, width: 6 * rows * (784 * width + width**2 + 10 * width),
+    ),
+    step(
+        "step of a deep MLP", "layers of 64 units with tanh: layers, rows",
+        sizes={"10, 8": (10, 8), "100, 64": (100, 64)},
+        net=deep, data=deep_data, jax=deep_jax, least=1.5,
+        flops=lambda depth, rows: 6 * rows * 64 * (64 * depth + 10),
+        tolerance=1e-3,  # a hundred layers make differences grow
+    ),
+    step(
+        "step of a CNN", "two convolutions and two layers, on 28×28",
+        sizes={"4 images": (4,), "64 images": (64,)},
+        net=cnn, data=cnn_data, jax=cnn_jax, least=1.6,
+        flops=lambda n: 6 * n * (26**2 * 32 * 9 + 24**2 * 64 * 288 + 9216 * 128 + 1280),
+        without={"torch-compile":
+                 "PyTorch 2.13 compiles gradients of zero for what is before the pool"},
+    ),
+)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    from gpugrad.bench.family import main
+
+    main(__doc__, "steps")

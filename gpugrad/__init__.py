@@ -11,6 +11,7 @@ tensor([2., 4., 6.])
 import typing
 
 from gpugrad import core, ops
+from gpugrad import health as health  # empty until something of it is used
 from gpugrad import nn as nn  # before the star: gpugrad.clip, the package, yields to clip
 from gpugrad import optim as optim
 from gpugrad.core.public import *  # noqa: F403
@@ -24,6 +25,7 @@ __array_api_version__ = "2024.12"
 # mypy reads no sum of lists; without __all__ it takes every name that is starred.
 if not typing.TYPE_CHECKING:
     __all__ = [
+        "health",
         "nn",
         "optim",
         *core.public.__all__,

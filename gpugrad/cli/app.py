@@ -228,6 +228,9 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write logs for TensorBoard into the folder.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show the gradients of the layers; with --health.")
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where an error comes from.")
     ] = False,
@@ -236,6 +239,8 @@ def train(
     """Train a net: to tell the classes of a data set apart, or to write text."""
     with _errors_told(traceback), _Interrupt() as interrupt:
         options = {**({} if config is None else read_config(config)), **given}
+        if live:
+            options["health"] = True
         named = options.pop("data", None)
         chosen = _device(device)
         if checkpoint is not None:
@@ -251,10 +256,12 @@ def train(
             task = task_of(settings, data_dir)
             where = folder or free_folder(Path("runs"), task.name)
             course = start(settings, task, chosen, where)
-        _train(course, interrupt, data_dir, tensorboard)
+        _train(course, interrupt, data_dir, tensorboard, live)
 
 
-def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None, tensorboard: bool) -> None:
+def _train(
+    course: Run, interrupt: _Interrupt, data_dir: Path | None, tensorboard: bool, live: bool
+) -> None:
     config = course.config
     parameters = sum(p.size for p in course.net.parameters())
     out.print(
@@ -268,14 +275,19 @@ def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None, tensorboar
         out.print(f"going on after epoch {course.epoch}, step {course.step} of the next")
     with ExitStack() as stack:
         stack.enter_context(_compiling_told())
-        watch: Watch = stack.enter_context(
-            Display(out, config.epochs, course.epoch, course.task.unit)
-        )
+        watch: Watch
+        if live:
+            from gpugrad.cli.health import LiveWatch
+
+            watch = stack.enter_context(LiveWatch(out, course))
+        else:
+            watch = stack.enter_context(Display(out, config.epochs, course.epoch, course.task.unit))
         if tensorboard:
             from gpugrad.cli.tensorboard import TensorBoard
 
             log = stack.enter_context(TensorBoard(course.folder / "tensorboard"))
             watch = Logged(watch, log, course)
+        stack.callback(_say_health, course)  # of a run that diverged, too
         finished = course.train(watch, interrupt)
     if not finished:
         at = f"epoch {course.epoch + 1}, step {course.step}" if course.step else (
@@ -296,6 +308,12 @@ def _train(course: Run, interrupt: _Interrupt, data_dir: Path | None, tensorboar
         f"training; {course.checkpoint}",
         soft_wrap=True,
     )
+
+
+def _say_health(course: Run) -> None:
+    """What the run's record shows, if there is one."""
+    if course.monitor is not None and len(course.monitor.record):
+        out.print(f"health: {_plain(str(course.monitor.verdict()))}", soft_wrap=True)
 
 
 # -- eval and sample -----------------------------------------------------------------------------
@@ -353,6 +371,99 @@ def sample(
             out.file.write(text)
             out.file.flush()
         out.print()
+
+
+# -- health and explain --------------------------------------------------------------------------
+
+
+@app.command()
+def health(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FILE", help="A run's folder, or a health.jsonl.")
+    ],
+    page: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page to write \\[default: health.html beside the record]."),
+    ] = None,
+    events: Annotated[
+        Path | None,
+        typer.Option("--tensorboard", metavar="FOLDER", help="Write the record there, too."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Show the page in the browser.")] = False,
+    traceback: Annotated[bool, _TRACEBACK] = False,
+) -> None:
+    """Say how the gradients of a run fared, and write a report on it."""
+    from gpugrad.cli import health as reports
+
+    with _errors_told(traceback):
+        reports.show(out, run, page, events, open_=show)
+
+
+@app.command()
+def explain(
+    chapter: Annotated[
+        str | None, typer.Argument(help="Which one; without it, they are listed.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write the chapter to, as a page.")
+    ] = None,
+    traceback: Annotated[bool, _TRACEBACK] = False,
+) -> None:
+    """Show by small runs how gradients explode and vanish, and what helps."""
+    from gpugrad.cli.explain import contents, tell
+
+    with _errors_told(traceback):
+        if chapter is None:
+            out.print(contents())
+        else:
+            tell(chapter, out, folder)
+
+
+# -- bench ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    only: Annotated[
+        str | None, typer.Option(help="Parts of workloads' names, separated by commas.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a check, no result.")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="Who takes part, by key, separated by commas.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for bench.json and bench.html \\[default: a new one in runs/]."
+        ),
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Show workloads and backends, and what is missing.")
+    ] = False,
+    compared: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Show what changed from A.json to B.json."),
+    ] = None,
+    result: Annotated[
+        Path | None, typer.Option("--page", help="Draw the page of a result again.")
+    ] = None,
+    traceback: Annotated[bool, _TRACEBACK] = False,
+) -> None:
+    """Time gpugrad's backends, and the other libraries that are installed."""
+    from gpugrad.cli import bench as benches
+
+    with _errors_told(traceback):
+        if listed:
+            benches.list_everything(out)
+        elif compared is not None:
+            benches.compare(out, *compared)
+        elif result is not None:
+            benches.draw(out, result)
+        elif not benches.measure(out, only, backend, folder, quick=quick):
+            err.print("interrupted; what had been measured is kept")
+            raise typer.Exit(INTERRUPTED)
 
 
 @contextmanager

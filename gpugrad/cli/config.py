@@ -105,6 +105,11 @@ class Config:
         changeable=True,
     )  # fmt: skip
     limit: float = _of(4.0, "Megabytes of text that are read.", least=0)
+    health: bool = _of(
+        False, "Record how the gradients fare in health.jsonl, and say what is wrong in the end.",
+        changeable=True,
+    )  # fmt: skip
+    health_every: int = _of(20, "Steps between two of those records.", least=1, changeable=True)
     seed: int = _of(0, "What all randomness starts from.", least=0)
 
     def __post_init__(self) -> None:

@@ -18,16 +18,19 @@ __all__ = ["Display", "Logged", "result_table"]
 class Display:
     """Shows readings as they come; use it as a context manager around the training.
 
-    On a terminal one bar moves; into a file or a pipe goes one line per epoch.
+    On a terminal one bar moves, unless `bar` is False; into a file or a pipe goes one line per
+    epoch.
     """
 
-    def __init__(self, console: Console, epochs: int, done: int, unit: str = "samples") -> None:
+    def __init__(
+        self, console: Console, epochs: int, done: int, unit: str = "samples", *, bar: bool = True
+    ) -> None:
         self.console = console
         self.unit = unit
         self.epochs = epochs
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if console.is_terminal:
+        if bar and console.is_terminal:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=None),

@@ -7,14 +7,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from gpugrad import io, optim
+from gpugrad import health, io, optim
 from gpugrad import ops as gg
 from gpugrad.cli.config import Config, ConfigError, option
 from gpugrad.cli.tasks import Task, task_of
@@ -41,6 +41,7 @@ __all__ = [
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
+HEALTH = "health.jsonl"
 
 #: Steps between two readings of loss, accuracy and norm from the device.
 READ_EVERY = 50
@@ -155,6 +156,7 @@ class Run:
         # A generator of its own: the order of examples depends on nothing else that is drawn.
         self.loader = task.loader(config, device, Generator(config.seed))
         self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.monitor: health.Monitor | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -194,8 +196,23 @@ class Run:
         Raises DivergedError when the loss is no longer finite; the last checkpoint stays.
         """
         # Overflow is no surprise here: a loss that is not finite ends the run with an explanation.
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"), self._monitored():
             return self._train(watch, stop)
+
+    @contextmanager
+    def _monitored(self) -> Iterator[None]:
+        """Record the health of the steps inside, if that is asked for."""
+        if not self.config.health:
+            yield
+            return
+        self.monitor = health.Monitor(
+            self.net, self.optimizer, every=self.config.health_every, path=self.folder / HEALTH
+        )
+        self.monitor.start(after=self.epoch * self.steps + self.step)
+        try:
+            yield
+        finally:
+            self.monitor.stop()
 
     def _train(self, watch: Watch, stop: Callable[[], bool]) -> bool:
         self._write_metrics()
@@ -265,6 +282,8 @@ class Run:
             group["lr"] = self.lr
         scaler = self.scaler if self.scaler.is_enabled() else None
         self.optimizer.step(clip=config.clip or math.inf, scaler=scaler, nonfinite=config.nonfinite)
+        if self.monitor is not None:
+            self.monitor.step(found[-1][1])
         norm = self.optimizer.last_norm
         assert norm is not None
         self._unread += [(*one, norm) for one in found]

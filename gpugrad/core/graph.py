@@ -508,8 +508,9 @@ def walk(
     -------
     Two dictionaries from where the walk ended to gradient: borrowed ones, and sums that are owned.
     """
-    for notice in on_walk:
-        notice([seed for seed, _ in seeds], since)
+    if on_walk:
+        for notice in on_walk:
+            notice([seed for seed, _ in seeds], since)
     borrowed: dict[Any, Any] = {}
     owned: dict[Any, Any] = {}
     heap: list[tuple[int, Any]] = []

@@ -9,6 +9,7 @@ import numpy as np
 
 from gpugrad import ops
 from gpugrad.backend.random import check_probability
+from gpugrad.core.autocast import is_autocast_enabled
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import ParameterError, ShapeError
@@ -112,6 +113,12 @@ def linear(
         return linalg.linear(input, weight, bias)  # type: ignore[no-any-return]
     if bias is None:
         bias = ops.zeros(weight.shape[:1], dtype=weight.dtype, device=weight.device)
+    slots = input.backend.slots
+    in_one = "linear_activation" in slots or is_autocast_enabled()
+    if "bias_activation" in slots and not in_one:
+        # Where the product is a library's, all that follows it is one kernel.
+        product = linalg.linear(input, weight)
+        return ops.bias_activation(product, bias, activation)  # type: ignore[no-any-return]
     return linalg.linear_activation(input, weight, bias, activation)  # type: ignore[no-any-return]
 
 

@@ -328,7 +328,7 @@ class _Layout:
                 a is twin and b is p and (arena() if arena is not None else None) is home
                 for (a, b), home, (twin, p, arena) in zip(pairs, homes, self._known)
             )
-            and all(_is_whole(own) for own, _ in self._flat)
+            and all(_is_whole(own) and there() is not None for own, there in self._flat)
         )
 
     def _make(self, pairs: Sequence[Pair], homes: Sequence[Arena | None]) -> None:

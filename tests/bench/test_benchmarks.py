@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import common, leak, long_chain, overhead
-from bench import run as run_all
+from gpugrad.bench import common, leak, long_chain, overhead
+from gpugrad.bench import run as run_all
 
 ROOT = Path(__file__).parents[2]
 EVERY_REPORT = {"benchmark", "quick", "threads", "date", "commit", "machine", "python", "versions",
@@ -163,7 +163,7 @@ def test_a_benchmark_that_fails_is_told(tmp_path, monkeypatch, capsys):
     def explode(quick):
         raise RuntimeError("the roof fell in")
 
-    monkeypatch.setattr("bench.leak.report", explode)
+    monkeypatch.setattr("gpugrad.bench.leak.report", explode)
     found = run_all.run_all(["leak"], quick=True)
     assert "the roof fell in" in found["benchmarks"]["leak"]["verdicts"][0]["verdict"]
     assert "the roof fell in" in run_all.markdown(found, "x.json")
@@ -228,6 +228,6 @@ def test_memory_is_seen():
 
 
 def test_every_benchmark_is_in_the_run():
-    for name in run_all.NAMES:
-        assert callable(importlib.import_module(f"bench.{name}").report)
+    for name in run_all.SCRIPTS:
+        assert callable(importlib.import_module(f"gpugrad.bench.{name}").report)
     assert time.strptime(common.provenance()["date"], "%Y-%m-%d %H:%M:%S UTC")

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,16 @@ import numpy as np
 import pytest
 
 import gpugrad as gg
-from bench import gpu_check, gpu_parts, gpu_registry, gpu_tests
+from bench import (
+    gpu_check,
+    gpu_device,
+    gpu_judge,
+    gpu_nets,
+    gpu_parts,
+    gpu_registry,
+    gpu_sanitize,
+    gpu_tests,
+)
 from bench.gpu_check import Part
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +42,9 @@ def script(name: str, code: str, seconds: float = 20.0, group: int = 0, **option
 
 
 def run(parts: list[Part], out: Path, **given) -> dict:
-    options = argparse.Namespace(device="cpu", dry_run=False, out=str(out), seconds=60.0)
+    options = argparse.Namespace(
+        device="cpu", dry_run=False, quick=False, out=str(out), seconds=60.0
+    )
     vars(options).update(given)
     report, path = gpu_check.check(parts, options)
     assert json.loads(path.read_text()) == json.loads(json.dumps(report))
@@ -112,6 +124,14 @@ def test_when_the_time_for_all_is_over_the_rest_is_not_run(tmp_path):
     assert "were over" in report["parts"]["late"]["why"]
 
 
+def test_without_a_gpu_nothing_is_tried(tmp_path):
+    first = script("environment", put("not_run", '"there is no driver"'))
+    never = script("kernels", "raise SystemExit(7)", group=1)
+    report = run([first, never], tmp_path / "out.json")
+    assert report["parts"]["kernels"]["status"] == "not run"
+    assert told(report["verdicts"]) == ["not run: there is no driver"]
+
+
 def test_notes_survive_a_cut_off_line(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_text('["put", "a", 1]\n["add", "b", 2]\n["add", "b", 3]\n["put", "c", {"d"')
@@ -127,6 +147,7 @@ def test_where_the_json_goes(tmp_path, monkeypatch):
         ROOT / "bench/results/gpu-nvidia-h100-80gb-hbm3-2026-01-02.json"
     )
     assert ROOT not in place(None, "some CPU", day, True).parents
+    assert place(None, "x", day, False, quick=True).name == "gpu-quick-x-2026-01-02.json"
     assert place(str(tmp_path / "a.json"), "x", day, False) == tmp_path / "a.json"
     assert place(f"{tmp_path}/new/", "x", day, False).name == "gpu-x-2026-01-02.json"
     monkeypatch.setenv("OUT", str(tmp_path))
@@ -141,24 +162,25 @@ def told(lines: list[dict]) -> list[str]:
 
 
 def test_verdicts_follow_the_results():
-    judge = gpu_check.judge_tests
+    judge = gpu_judge.tests
     assert told(judge({"tests": [{"outcome": "passed"}]})) == ["holds"]
     assert told(judge({"tests": [{"outcome": "passed"}, {"outcome": "error"}]})) == ["falls short"]
-    assert told(judge({"tests": [{"outcome": "skipped"}]})) == ["not run: none ran"]
+    assert told(judge({"tests": [{"outcome": "skipped"}]})) == ["not run: all 1 were skipped"]
+    assert told(judge({"summary": "no test is marked gpu"})) == ["not run: no test is marked gpu"]
 
     row = {"name": "f", "value": "pass", "vjp": "fail: by 1", "second": "none: no derivative"}
-    assert told(gpu_check.judge_primitives({"primitives": [row], "total": 3})) == [
+    assert told(gpu_judge.primitives({"primitives": [row], "total": 3})) == [
         "holds", "falls short", "holds", "falls short"
     ]  # fmt: skip
 
     job = {"device": {"accuracy": 0.98}, "curve_difference": 0.5}
-    assert told(gpu_check.judge_main_job(job)) == ["holds", "falls short"]
-    assert told(gpu_check.judge_main_job({})) == ["not run: it did not get to its end"]
+    assert told(gpu_judge.main_job(job)) == ["holds", "falls short"]
+    assert told(gpu_judge.main_job({})) == ["not run: it did not get to its end"]
 
     slow = {"chains": [{"shape": "8x8", "share_of_torch": {"median": 1.5}}]}
-    assert told(gpu_check.judge_overhead(slow)) == ["falls short"]
+    assert told(gpu_judge.overhead(slow)) == ["falls short"]
     alone = {"chains": [{"shape": "8x8"}], "torch": "PyTorch is not installed"}
-    assert told(gpu_check.judge_overhead(alone)) == ["not run: PyTorch is not installed"]
+    assert told(gpu_judge.overhead(alone)) == ["not run: PyTorch is not installed"]
 
 
 def test_the_table_names_failures(tmp_path):
@@ -177,11 +199,13 @@ def test_the_table_names_failures(tmp_path):
 # -- the registry against a fake device -----------------------------------------------------------
 
 
-def test_every_operation_passes_on_a_device_that_is_no_host():
+def test_operations_pass_on_a_device_that_is_no_host():
     pytest.importorskip("array_api_strict", reason="its device1 stands in for a GPU")
     names = gpu_registry.names()
     assert len(names) > 50
-    rows = [gpu_registry.compare(name, "strict:device1") for name in names]
+    # Some: tests/ops takes all of them through every device there is.
+    chosen = {*names[::4], "multiply", "matmul", "tanh", "equal"}
+    rows = [gpu_registry.compare(name, "strict:device1") for name in names if name in chosen]
     assert [r for r in rows if any(r[c].startswith("fail") for c in gpu_registry.CHECKS)] == []
     by_name = {r["name"]: r for r in rows}
     for name in ("multiply", "matmul", "tanh"):
@@ -247,7 +271,7 @@ def test_what_counts_as_different(expected, found, why):
 # -- the other parts ------------------------------------------------------------------------------
 
 
-class Collected(gpu_parts.Notes):
+class Collected(gpu_device.Notes):
     """Notes in memory."""
 
     def __init__(self):
@@ -262,7 +286,9 @@ class Collected(gpu_parts.Notes):
 
 @pytest.fixture
 def options():
-    return argparse.Namespace(device="cpu", reference="cpu", small=True, shard=0, shards=1)
+    return argparse.Namespace(
+        device="cpu", reference="cpu", small=True, quick=False, shard=0, shards=1
+    )
 
 
 def test_parts_say_why_they_do_not_run(options):
@@ -272,9 +298,11 @@ def test_parts_say_why_they_do_not_run(options):
         if cupy.is_available():
             pytest.skip("there is a GPU here")
     options.device = "cuda:0"
-    for part in (gpu_parts.primitives, gpu_parts.main_job, gpu_parts.overhead, gpu_parts.ceilings):
-        with pytest.raises(gpu_parts.NotRun, match="CuPy"):
-            part(Collected(), options)
+    options.workload, options.tool = "mlp", "memcheck"
+    names = set(gpu_parts.PARTS) - {"environment", "tests"}  # which have something to say anyway
+    for name in sorted(names):
+        with pytest.raises(gpu_device.NotRun, match="CuPy"):
+            gpu_parts.PARTS[name](Collected(), options)
 
 
 def test_every_model_is_trained_in_the_main_job(options):
@@ -365,8 +393,8 @@ def test_tests_part(tmp_path, fallback):
     (folder / "test_example.py").write_text(EXAMPLE_TESTS)
     (folder / "test_broken.py").write_text("import nothing_of_this_name\n# mark.gpu\n")
     runner = "without_pytest" if fallback else "with_pytest"
-    code = (f"from pathlib import Path\nfrom bench import gpu_parts, gpu_tests\n"
-            f"gpu_tests.{runner}(gpu_parts.Notes(), Path({str(folder)!r}))")  # fmt: skip
+    code = (f"from pathlib import Path\nfrom bench import gpu_device, gpu_tests\n"
+            f"gpu_tests.{runner}(gpu_device.Notes(), Path({str(folder)!r}))")  # fmt: skip
     notes = tmp_path / "notes"
     env = os.environ | {"PYTHONPATH": str(ROOT), "GPU_CHECK_NOTES": str(notes)}
     ended = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
@@ -378,28 +406,102 @@ def test_tests_part(tmp_path, fallback):
     assert "one is not two" in failed["why"]
 
 
+#: What the dry run of the test leaves out has tests of its own, or is the same with another name.
+ENOUGH = ("environment", "primitives-0", "sanitizer-memcheck", "compile-gpt", "ceilings", "claims",
+          "kernels", "overhead", "steps-mlp", "steps-gpt")  # fmt: skip
+
+
 def test_dry_run(tmp_path):
-    """The whole command, as it will be typed, without a GPU."""
+    """The command, as it will be typed, without a GPU, and with a PyTorch that does not load."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libtorch.so is missing')")
     out = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--dry-run", "--out", str(out)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), "--dry-run", "--out", str(out),
+               "--only", ",".join(ENOUGH)]  # fmt: skip
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False,
+                           env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr
     report = json.loads(out.read_text())
-    assert report["dry_run"] is True
+    assert report["dry_run"] is report["whole"] is True
+    assert set(report["parts"]) == set(ENOUGH)
     assert {e["status"] for e in report["parts"].values()} == {"done"}
-    assert set(report["parts"]) == {p.name for p in gpu_check.plan(1)}
+    found = {name: e["results"] for name, e in report["parts"].items()}
     assert {"tool", "schema", "date", "commit", "machine", "versions", "verdicts"} <= set(report)
-    assert report["parts"]["environment"]["results"]["gpugrad"] == str(ROOT / "gpugrad")
+    assert found["environment"]["gpugrad"] == str(ROOT / "gpugrad")
+    assert found["environment"]["torch"].endswith("libtorch.so is missing")
+    assert not [row for row in found["kernels"]["kernels"] if "error" in row]
+    assert "left_out" not in found["claims"]
+    assert found["claims"]["clip_and_step"][0]["counts"]["kernels"] == 2
+    for name in ("steps-mlp", "steps-gpt"):
+        assert found[name]["counts"]["host_reads"] == 0
+        assert found[name]["waits"] == ""
+        assert "does not load" in found[name]["torch"]
+    assert found["sanitizer-memcheck"]["calls"] > 50
     assert "DRY RUN" in ended.stdout
     assert all(v["verdict"].startswith("dry run: ") for v in report["verdicts"])
     assert "limit s" in ended.stdout
-    assert "verdict" in ended.stdout
+    assert "layer_norm_backward" in ended.stdout
 
 
-def test_the_limits_leave_room_in_eight_minutes():
-    parts = gpu_check.plan(4)
-    by_group: dict[int, float] = {}
-    for p in parts:
-        by_group[p.group] = max(by_group.get(p.group, 0), p.seconds)
-    assert sum(by_group.values()) <= gpu_check.TOTAL_SECONDS <= 480
+def test_every_part_that_is_planned_exists():
+    for quick in (False, True):
+        for part in gpu_check.plan(2, quick):
+            assert part.name.partition("-")[0] in gpu_parts.PARTS
+    names = {p.name for p in gpu_check.plan(1)}
+    assert set(ENOUGH) < names
+    assert {f"steps-{name}" for name in gpu_nets.WORKLOADS} < names
+    assert {f"sanitizer-{tool}" for tool in gpu_sanitize.TOOLS} < names
+
+
+def test_the_limits_leave_room_in_eight_minutes_and_in_two():
+    assert gpu_check.seconds_of(gpu_check.plan(4)) <= gpu_check.TOTAL_SECONDS < 480
+    quick = gpu_check.plan(4, quick=True)
+    assert gpu_check.seconds_of(quick) <= gpu_check.QUICK_SECONDS < 120
+    assert {"tests", "claims", "kernels"} < {p.name for p in quick}
     assert gpu_tests.MARK == "gpu"
+
+
+STOPPED = """
+import sys
+from bench import gpu_check
+from bench.gpu_check import Part
+gpu_check.SNAPSHOT_SECONDS = 0.05
+code = "import os, json, time; notes = open(os.environ['GPU_CHECK_NOTES'], 'a');"
+code += "notes.write(json.dumps(['put', 'found', 7]) + chr(10)); notes.flush(); time.sleep(10)"
+first = Part("first", "the first", 20, 0, command=[sys.executable, "-c", "pass"])
+second = Part("second", "the second", 20, 1, command=[sys.executable, "-c", code])
+third = Part("third", "the third", 20, 2, command=[sys.executable, "-c", "pass"])
+gpu_check.plan = lambda shards, quick: [first, second, third]
+sys.exit(gpu_check.main(["--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_was_found_before_it_was_stopped_is_kept(tmp_path, number):
+    out = tmp_path / "out.json"
+    # What is killed leaves its temporary folders behind.
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    check = subprocess.Popen([sys.executable, "-c", STOPPED, str(out)], env=env, text=True,
+                             stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
+
+    def found() -> object:
+        if not out.is_file():
+            return None
+        second = json.loads(out.read_text())["parts"].get("second", {})
+        return second.get("results", {}).get("found")
+
+    end = time.monotonic() + 20
+    while found() != 7 and time.monotonic() < end:
+        time.sleep(0.02)
+    check.send_signal(number)
+    told, _ = check.communicate(timeout=20)
+    report = json.loads(out.read_text())
+    assert report["whole"] is False
+    assert list(report["parts"]) == ["first", "second"]
+    assert report["parts"]["first"]["status"] == "done"
+    assert report["parts"]["second"]["status"] == "stopped"
+    assert report["parts"]["second"]["results"] == {"found": 7}
+    assert any(v["verdict"].startswith("stopped") for v in report["verdicts"])
+    if number != signal.SIGKILL:
+        assert check.returncode == 1
+        assert "STOPPED before its end" in told

@@ -1,6 +1,7 @@
 """Averages of weights: PyTorch's values, in few passes, and nothing looked at on the device."""
 
 import copy
+import gc
 import math
 
 import numpy as np
@@ -381,6 +382,20 @@ def test_update_bn_is_pytorchs() -> None:
     optim.update_bn([(gg.tensor(X[0]), 1)], net, device="cpu")
     assert net[1].num_batches_tracked.item() == 1
     optim.update_bn([], nn.Linear(2, 2))
+
+
+def test_an_optimiser_that_is_gone() -> None:
+    net = nn.Linear(3, 2)
+    optimizer = optim.SGD(net.parameters(), lr=0.1)
+    average = optim.AveragedModel(net)
+    average.update_parameters(net)
+    del optimizer
+    gc.collect()
+    with gg.no_grad():
+        net.weight *= 3.0
+    average.update_parameters(net)
+    want = net.weight.detach().numpy() * (1 + 1 / 3) / 2
+    np.testing.assert_allclose(average.module.weight.detach().numpy(), want, rtol=1e-6)
 
 
 # -- refusals -------------------------------------------------------------------------------------

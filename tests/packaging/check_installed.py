@@ -19,13 +19,19 @@ def check() -> str:
     assert gpugrad.__version__ == metadata.version("gpugrad")
 
     assert not (package / "kernels").is_symlink()
+    import gpugrad.bench.runner
+    import gpugrad.bench.workload
+
+    assert not (package / "bench").is_symlink()
+    assert package.parent == gpugrad.bench.common.ROOT
+    assert gpugrad.bench.workload.workloads()
     for folder in ("kernels", "data/digits"):
         here = names(checkout / "gpugrad" / folder)
         missing = here - names(package / folder)
         assert here, f"gpugrad/{folder} is empty in the checkout"
         assert not missing, f"not in the wheel: {sorted(missing)} of gpugrad/{folder}"
     assert (package / "py.typed").is_file()
-    return f"gpugrad {gpugrad.__version__} in {package}: kernels, digits and py.typed are there"
+    return f"gpugrad {gpugrad.__version__} in {package}: kernels, benchmarks, digits are there"
 
 
 def names(folder: Path) -> set[str]:

@@ -21,7 +21,7 @@ LAYERS = (
     ("nn", "clip"),
     ("models", "optim", "health"),
     ("data", "io", "distributed"),
-    ("cli",),
+    ("cli", "bench"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -29,6 +29,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NEIGHBOURS = {
     ("nn", "clip"),  # nn.utils carries PyTorch's names for clipping
     ("data", "io"),  # tokens of a text are kept in files
+    ("cli", "bench"),  # the command shows what benchmarks measure,
+    ("bench", "cli"),  # and one of these trains a net by command
 }
 
 # Tensor.__array_namespace__ hands out gpugrad itself, which it can only look up when asked.
@@ -46,7 +48,7 @@ KERNELS_MAY_IMPORT = (
 
 # Only these folders know which library runs on a device.
 LIBRARIES = re.compile("cupy|numba", re.IGNORECASE)
-KNOW_LIBRARIES = {"backend", "kernels", "distributed"}
+KNOW_LIBRARIES = {"backend", "kernels", "distributed", "bench"}
 
 
 def violations(package: Path) -> list[str]:
@@ -89,7 +91,7 @@ def _judge(own: str | None, file: str, target: str, lazy: bool) -> str | None:
             return None
         return f"kernels import {target}; they may import only {', '.join(KERNELS_MAY_IMPORT)}"
     if top == "kernels":
-        if own != "backend":
+        if own not in ("backend", "bench"):
             return f"imports {target}; only the backends do"
         return None if lazy else f"imports {target} at the top; a backend does so inside a function"
     if own is None:
@@ -107,7 +109,7 @@ def _judge(own: str | None, file: str, target: str, lazy: bool) -> str | None:
     if lazy and target == "gpugrad" and (own, file) == LOOKS_UP_GPUGRAD:
         return None
     # What is left is `gpugrad` itself or a file directly in it: they import every layer.
-    return None if own == "cli" else f"{own} imports {target}, which imports every layer"
+    return None if own in ("cli", "bench") else f"{own} imports {target}, which imports every layer"
 
 
 def _within(target: str, roots: tuple[str, ...]) -> bool:
@@ -181,7 +183,8 @@ def _words(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_gpugrad_keeps_its_layers() -> None:
-    assert (PACKAGE / "kernels" / "__init__.py").is_file(), "the link gpugrad/kernels is missing"
+    for link in ("kernels", "bench"):
+        assert (PACKAGE / link / "__init__.py").is_file(), f"the link gpugrad/{link} is missing"
     assert violations(PACKAGE) == []
 
 

@@ -4,11 +4,18 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+# Results, and benchmarks that only run from a checkout.
+CHECKOUT_ONLY = tuple(
+    f"gpugrad/bench/{name}"
+    for name in ("results/*", "test_*.py", "gpu_*.py", "guards.*", "against.py", "history.py")
+)
 
 pytest.importorskip("build", reason="builds the archives")
 pytest.importorskip("hatchling", reason="builds the archives")
@@ -25,15 +32,17 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wanted() -> set[str]:
-    """Every file of the package in the checkout, through the link as well."""
+    """Every file of the package in the checkout, through the links as well."""
     package = ROOT / "gpugrad"
     files = {path for path in package.rglob("*") if path.is_file()}
-    files |= {path for path in (package / "kernels").rglob("*") if path.is_file()}
-    return {
+    for link in ("kernels", "bench"):
+        files |= {path for path in (package / link).rglob("*") if path.is_file()}
+    names = {
         path.relative_to(ROOT).as_posix()
         for path in files
         if "__pycache__" not in path.parts and path.suffix != ".pyc"
     }
+    return {name for name in names if not any(fnmatch(name, p) for p in CHECKOUT_ONLY)}
 
 
 def test_wheel_is_whole(archives: Path) -> None:
@@ -43,6 +52,8 @@ def test_wheel_is_whole(archives: Path) -> None:
     held = {info.filename for info in infos}
     assert wanted() <= held
     assert {"gpugrad/kernels/__init__.py", "gpugrad/py.typed"} <= held
+    assert {"gpugrad/bench/__init__.py", "gpugrad/bench/page.py"} <= held
+    assert not [name for name in held if any(fnmatch(name, p) for p in CHECKOUT_ONLY)]
     assert any(name.startswith("gpugrad/data/digits/") for name in held)
     # 0o120000 is a link in the upper half of the attributes, as Unix writes them.
     assert not [info.filename for info in infos if info.external_attr >> 16 & 0o170000 == 0o120000]

@@ -1,0 +1,455 @@
+"""What a record means: healthy or not, why, where, since when, and what helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpugrad.health.errors import HealthError
+from gpugrad.health.record import Record
+from gpugrad.health.remedies import REMEDIES, remedies_for
+
+__all__ = ["Finding", "Verdict", "judge"]
+
+#: What can be found, worst first: causes stand before what they cause.
+KINDS = (
+    "non-finite", "exploding", "vanishing", "diverging", "dead", "saturated", "not reached",
+    "clip-starved", "stalled",
+)  # fmt: skip
+
+#: Beyond this factor between the first layer's gradient and the last one's, nothing trains.
+EXTREME = 1e6
+#: From these factors on an optimiser of the Adam family begins to fail.
+GROWN, SHRUNK = 1e3, 3e-5
+#: A factor by which activations may grow from the first layer to the last.
+SWOLLEN = 3e3
+#: Shares of a layer's units that are dead, and of its outputs that are saturated.
+DEAD, SATURATED = 0.9, 0.9
+#: A clip coefficient below which hardly anything is left of a gradient.
+STARVED = 0.01
+#: A loss has to fall to this share of its start, or of the best constant answer's, to have learnt.
+LEARNT = 0.9
+#: A loss is diverging from this many times its start, or its best, on.
+RISEN = 2.0
+#: Rows with a loss, from which on a run can be called stalled.
+FEW = 20
+#: Findings below this confidence are suspicions, and are not shown.
+SHOWN = 0.5
+#: From this confidence on, a finding stands even if the net learns.
+CERTAIN = 0.95
+#: What makes a net stop learning; if it learns all the same, it is no trouble.
+CAUSES = frozenset(("exploding", "vanishing"))
+
+#: The smallest positive float32: what underflowed counts as this.
+TINY = 1e-45
+
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or that nothing is.
+
+    Attributes
+    ----------
+    kind:
+        `"non-finite"`, `"exploding"`, `"vanishing"`, `"diverging"`, `"dead"`, `"saturated"`,
+        `"not reached"`, `"clip-starved"`, `"stalled"` or `"healthy"`.
+    layer, step:
+        Where it is worst, and the recorded step at which it began; None if it has no place.
+    growth:
+        The factor per layer, on the way back, of what explodes or vanishes.
+    confidence:
+        From 0 to 1.
+    text:
+        What was seen, with figures.
+    remedies:
+        Names in the table of remedies, best first.
+    """
+
+    kind: str
+    layer: str | None = None
+    step: int | None = None
+    growth: float | None = None
+    confidence: float = 1.0
+    text: str = ""
+    remedies: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The finding as JSON has it."""
+        return {**vars(self), "remedies": list(self.remedies)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings, worst first; a single one of kind `"healthy"` if nothing is wrong."""
+
+    findings: tuple[Finding, ...]
+
+    @classmethod
+    def of(cls, findings: Iterable[Finding]) -> Verdict:
+        """The verdict of what was found, which may be nothing; suspicions are left out."""
+        shown = [f for f in findings if f.confidence >= SHOWN]
+        shown.sort(key=lambda f: (_severity(f), -f.confidence))
+        healthy = Finding("healthy", text="healthy: nothing explodes, vanishes or stands still")
+        return cls(tuple(shown) or (healthy,))
+
+    @property
+    def kind(self) -> str:
+        """The kind of the worst finding."""
+        return self.findings[0].kind
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.kind == "healthy"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict as JSON has it."""
+        return {
+            "kind": self.kind,
+            "healthy": self.healthy,
+            "findings": [f.as_dict() for f in self.findings],
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for f in self.findings:
+            where = f", at {f.layer}" if f.layer else ""
+            when = f", since step {f.step}" if f.step is not None and f.step > 1 else ""
+            lines.append(f"{f.text}{where}{when}")
+            if f.remedies:
+                lines.append(f"  try: {', '.join(f.remedies)}")
+        return "\n".join(lines)
+
+
+def _severity(f: Finding) -> float:
+    # Where nothing at all comes through, it is not the layers' gains that are to blame.
+    cut = f.kind == "vanishing" and f.growth is None
+    return KINDS.index("dead") + 0.5 if cut else KINDS.index(f.kind)
+
+
+def judge(
+    record: Record, *, layers: Sequence[str] | None = None, chance: float | None = None
+) -> Verdict:
+    """Say whether a model is healthy, from what was recorded of it.
+
+    What is judged is the state at the end, the last quarter of the recorded steps, so that trouble
+    that has passed is not reported. Works on a single row, and on thousands.
+
+    Parameters
+    ----------
+    record:
+        At least one row. HealthError for an empty one.
+    layers:
+        Look at these paths only. Name those that are trained, if some are frozen on purpose.
+    chance:
+        The loss of the best constant answer, if it is known: a run that ends no better has not
+        learnt anything.
+
+    >>> record = Record([f"{i}" for i in range(101)], ["Linear"] * 101)
+    >>> record.append(1, {"gradient_norm": 1.1 ** np.arange(200, 99, -1)}, {"loss": 2.3})
+    >>> judge(record).healthy
+    False
+    >>> print(judge(record).findings[0].text)
+    exploding: gradients ×1.1 a layer over 100 layers = 1.4e+04 (first layer against last)
+    """
+    found = suspicions(record, layers=layers, chance=chance)
+    if _has_learnt(record, chance):
+        found = [f for f in found if f.confidence >= CERTAIN or f.kind not in CAUSES]
+        found = [f for f in found if f.kind not in ("dead", "saturated")]
+    return Verdict.of(found)
+
+
+def _has_learnt(record: Record, chance: float | None) -> bool:
+    """Whether the loss has come down over a run that is long enough to tell."""
+    loss = record.scalars["loss"].astype(np.float64)
+    loss = loss[np.isfinite(loss)]
+    if len(loss) < FEW:
+        return False
+    start, end = float(np.median(loss[:2])), float(np.mean(loss[-max(2, len(loss) // 10) :]))
+    return end < LEARNT * (start if chance is None else min(start, chance))
+
+
+def suspicions(
+    record: Record, *, layers: Sequence[str] | None = None, chance: float | None = None
+) -> list[Finding]:
+    """Everything that might be wrong, however unlikely; what `judge` chooses from."""
+    if not len(record):
+        raise HealthError(
+            "judge: the record is empty; record a step first, or read a file that holds some"
+        )
+    view = _View(record, layers, chance)
+    with np.errstate(all="ignore"):
+        found = [finding for look in _LOOKS for finding in look(view)]
+    return [
+        replace(f, remedies=tuple(r for r in f.remedies if REMEDIES[r].fits(view.kinds)))
+        for f in found
+    ]
+
+
+def profile_findings(
+    values: Floats,
+    names: Sequence[str],
+    *,
+    what: str = "gradients",
+    unit: str = "layer",
+    steps: Sequence[int] | None = None,
+) -> list[Finding]:
+    """Whether a profile, [rows, places] in forward order, explodes or vanishes on its way back.
+
+    `what` and `unit` name in the text what is looked at, and what one place is.
+    """
+    now = np.array([_recent(column) for column in values.T])
+    places = np.flatnonzero(np.isfinite(now))
+    alive = np.flatnonzero(np.isfinite(now) & (now > 0))
+    if len(places) < 2 or not alive.size or places[0] == alive[-1]:
+        return []
+    first, last = int(places[0]), int(alive[-1])
+    ratio = np.maximum(values[:, first], TINY) / values[:, last]
+    ratio = np.where(np.isfinite(ratio), ratio, np.nan)
+    found = []
+    final = max(float(_recent(ratio)), TINY)
+    many = last - first
+    # What underflowed to 0 tells nothing about the growth; the layers behind it do.
+    seen = int(alive[0])
+    growth = float((now[seen] / now[last]) ** (1 / (last - seen))) if seen < last else None
+    for kind, begins, certain in (
+        ("exploding", GROWN, EXTREME),
+        ("vanishing", SHRUNK, 1 / EXTREME),
+    ):
+        sure = _between(math.log(final), math.log(begins), math.log(certain))
+        if not sure:
+            continue
+        text = f"{kind}: {what} are 0 in all {unit}s before {names[last]}"
+        if growth is not None:
+            text = (
+                f"{kind}: {what} ×{growth:.3g} a {unit} over {many} {unit}s = {final:.2g} "
+                f"(first {unit} against last)"
+            )
+        off = ratio > begins if begins > 1 else ratio < begins
+        found.append(_finding(kind, sure, text, names[first], _since(off, steps), growth))
+    return found
+
+
+# -- one look for each kind ------------------------------------------------------------------------
+
+
+class _View:
+    """The part of a record that is looked at, with what all looks need."""
+
+    def __init__(self, record: Record, layers: Sequence[str] | None, chance: float | None) -> None:
+        wanted = range(len(record.layers))
+        if layers is not None:
+            index = {path: i for i, path in enumerate(record.layers)}
+            unknown = [path for path in layers if path not in index]
+            if unknown:
+                raise HealthError(
+                    f"judge: the record has no layer {unknown[0]!r}; it has {record.layers[:5]} …"
+                )
+            wanted = sorted(index[path] for path in layers)  # type: ignore[assignment]
+        self.chosen = np.array(wanted, dtype=np.intp)
+        self.names = [record.layers[i] for i in self.chosen]
+        self.kinds = [record.kinds[i] for i in self.chosen]
+        self.steps = record.steps
+        self._values = record.values
+        self.scalars = {name: x.astype(np.float64) for name, x in record.scalars.items()}
+        self.chance = chance
+
+    def __getitem__(self, statistic: str) -> Floats:
+        """A statistic as [rows, layers], in float64."""
+        return self._values[statistic][:, self.chosen].astype(np.float64)
+
+    def weighted(self) -> NDArray[np.intp]:
+        """The layers whose parameters are weights: not scales, nor slopes of activations."""
+        weighted = np.array([is_weighted(kind) for kind in self.kinds], np.bool_)
+        return np.flatnonzero(weighted & ~np.isnan(self["gradient_norm"]).all(axis=0))
+
+
+def is_weighted(kind: str) -> bool:
+    """Whether layers of a class have weights, and not only scales, or slopes of activations."""
+    return "Norm" not in kind and kind != "PReLU"
+
+
+def _nonfinite(view: _View) -> list[Finding]:
+    forward = view["activation_nonfinite"] > 0
+    backward = (view["gradient_nonfinite"] > 0) | np.isinf(view["gradient_norm"])
+    loss = ~np.isfinite(view.scalars["loss"]) & _known_from(view.scalars["loss"])
+    bad = forward.any(axis=1) | backward.any(axis=1) | loss
+    if not bad[-max(1, len(bad) // 4) :].any():  # a skipped step now and then is a loss scale's way
+        return []
+    row = int(np.flatnonzero(bad)[0])
+    layer, what = None, "the loss is not finite"
+    if forward[row].any():
+        i = int(np.flatnonzero(forward[row])[0])
+        layer, what = view.names[i], f"the output of {view.kinds[i]} is not finite"
+    elif backward[row].any():
+        i = int(np.flatnonzero(backward[row])[-1])  # the backward pass meets the last layer first
+        layer, what = view.names[i], f"the gradient of {view.kinds[i]} is not finite"
+    start = " from the first step on" if row == 0 else ""
+    text = f"non-finite: {what}{start}"
+    return [_finding("non-finite", 1.0, text, layer, int(view.steps[row]))]
+
+
+def _growth(view: _View) -> list[Finding]:
+    weighted = view.weighted()
+    gradients = view["gradient_norm"][:, weighted]
+    names = [view.names[i] for i in weighted]
+    found = profile_findings(gradients, names, steps=view.steps.tolist()) if len(names) > 1 else []
+    # Signals that swell on their way forward, such as through residual sums, leave the ratio of
+    # gradients alone: the last layer's is as large as its inputs.
+    size = np.hypot(view["activation_mean"], view["activation_std"])[:, weighted]
+    places = np.flatnonzero(np.isfinite(size[-1]) & (size[-1] > 0))
+    if len(places) > 1 and not any(f.kind == "exploding" and f.confidence >= SHOWN for f in found):
+        ratio = size[:, places[-1]] / size[:, places[0]]
+        many = int(places[-1] - places[0])
+        final = float(_recent(ratio))
+        sure = _between(math.log(final), math.log(SWOLLEN), math.log(EXTREME)) if final > 0 else 0
+        if sure:
+            growth = final ** (1 / many)
+            text = (
+                f"exploding: activations ×{growth:.3g} a layer over {many} layers = {final:.2g} "
+                "(last layer against first)"
+            )
+            since = _since(ratio > SWOLLEN, view.steps.tolist())
+            found.append(_finding("exploding", sure, text, names[places[-1]], since, growth))
+    return found
+
+
+def _dead(view: _View) -> list[Finding]:
+    return _share(view, "dead", DEAD, "of the units give 0 for the whole batch")
+
+
+def _saturated(view: _View) -> list[Finding]:
+    return _share(view, "saturated", SATURATED, "of the outputs are where the activation is flat")
+
+
+def _share(view: _View, statistic: str, bound: float, text: str) -> list[Finding]:
+    shares = view[statistic]
+    now = np.array([_recent(column) for column in shares.T])
+    over = np.flatnonzero(now >= bound)
+    if not over.size:
+        return []
+    i = int(over[np.argmax(now[over])])
+    others = f", and so in {len(over) - 1} more layers" if len(over) > 1 else ""
+    text = f"{statistic}: {now[i]:.0%} {text} in {view.kinds[i]}{others}"
+    since = _since(shares[:, i] >= bound, view.steps.tolist())
+    return [_finding(statistic, 0.6 + 0.4 * (now[i] - bound) / (1 - bound), text,
+                     view.names[i], since)]  # fmt: skip
+
+
+def _not_reached(view: _View) -> list[Finding]:
+    gradients = view["gradient_norm"]
+    owns = ~np.isnan(view["parameter_norm"]).all(axis=0)
+    without = np.flatnonzero(owns & np.isnan(gradients).all(axis=0))
+    if not without.size or not owns.any():
+        return []
+    names = ", ".join(view.names[i] for i in without[:3]) + " …" * (len(without) > 3)
+    if len(without) == owns.sum():
+        text = "not reached: no layer got a gradient; is there a backward pass, is all detached?"
+    else:
+        text = (
+            f"not reached: {len(without)} of {owns.sum()} layers with parameters got no gradient "
+            f"({names}); the loss does not depend on them, or they are cut off by detach()"
+        )
+    return [_finding("not reached", 0.9, text, view.names[without[0]], int(view.steps[0]))]
+
+
+def _starved(view: _View) -> list[Finding]:
+    coefficient = view.scalars["coefficient"]
+    if np.isnan(coefficient).all() or len(coefficient) < 3:
+        return []
+    now = float(_recent(coefficient))
+    if not now < STARVED:
+        return []
+    norm = float(_recent(view.scalars["norm"]))
+    of = f": gradients of norm {norm:.3g} are cut to {norm * now:.3g}" if norm == norm else ""
+    text = f"clip-starved: the clip coefficient fell to {now:.2g}{of}"
+    since = _since(coefficient < STARVED, view.steps.tolist())
+    return [_finding("clip-starved", 0.9, text, None, since)]
+
+
+def _loss(view: _View) -> list[Finding]:
+    """Whether the loss rises, or does not fall."""
+    loss = view.scalars["loss"]
+    finite = np.flatnonzero(np.isfinite(loss))
+    if len(finite) < 4:
+        return []
+    loss, steps = loss[finite], view.steps[finite]
+    part = max(2, len(loss) // 10)
+    start, end = float(np.median(loss[:part])), float(np.mean(loss[-part:]))
+    smooth = np.convolve(loss, np.full(part, 1 / part), "valid")
+    best = float(smooth.min())
+    span = abs(start) + abs(best)
+    if end > start + (RISEN - 1) * abs(start) or (
+        end > best + (RISEN - 1) * max(abs(best), 0.1 * span) and end > start
+    ):
+        since = int(steps[int(np.argmin(smooth))])
+        text = f"diverging: the loss rose from {best:.3g} to {end:.3g}"
+        return [_finding("diverging", 0.9, text, None, since)]
+    if len(loss) < FEW:
+        return []
+    if view.chance is not None and end > LEARNT * view.chance:
+        text = (
+            f"stalled: after {steps[-1]} steps the loss is {end:.4g}, and the best constant answer "
+            f"has {view.chance:.4g}"
+        )
+        return [_finding("stalled", 0.9, text, None, int(steps[0]))]
+    if view.chance is None and end > start - 0.03 * abs(start):
+        text = f"stalled: the loss is {end:.4g} after {steps[-1]} steps, and was {start:.4g}"
+        return [_finding("stalled", 0.8, text, None, int(steps[0]))]
+    return []
+
+
+_LOOKS: tuple[Callable[[_View], list[Finding]], ...] = (
+    _nonfinite, _growth, _dead, _saturated, _not_reached, _starved, _loss,
+)  # fmt: skip
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def _finding(
+    kind: str,
+    confidence: float,
+    text: str,
+    layer: str | None = None,
+    step: int | None = None,
+    growth: float | None = None,
+) -> Finding:
+    known = min(1.0, max(0.0, float(confidence)))
+    return Finding(kind, layer, step, growth, round(known, 3), text, remedies_for(kind))
+
+
+def _between(x: float, begins: float, certain: float) -> float:
+    """Confidence: 0.5 where trouble begins, 0.95 where it is certain, less before."""
+    return min(1.0, max(0.0, 0.5 + 0.45 * (x - begins) / (certain - begins)))
+
+
+def _recent(x: Floats) -> Any:
+    """The median of the last quarter of what is known."""
+    known = x[~np.isnan(x)]
+    return np.median(known[-max(1, len(known) // 4) :]) if known.size else math.nan
+
+
+def _since(off: NDArray[np.bool_], steps: Sequence[int] | None) -> int | None:
+    """The step from which on it was so, most of the time."""
+    if steps is None:
+        return None
+    share = np.cumsum(off[::-1])[::-1] / np.arange(len(off), 0, -1)
+    rows = np.flatnonzero(off & (share >= 0.8))
+    return int(steps[int(rows[0])]) if rows.size else int(steps[-1])
+
+
+def _known_from(x: Floats) -> NDArray[np.bool_]:
+    """Where a scalar is known: NaN before the first number, or throughout, is not known."""
+    numbers = np.flatnonzero(~np.isnan(x))
+    known = np.zeros(len(x), np.bool_)
+    if numbers.size:
+        known[numbers[0] :] = True
+    return known
