@@ -10,13 +10,12 @@ import json
 
 from bench import gpu_fake
 
-gpu_fake.install()
-
-from gpugrad.bench import runner, worker  # noqa: E402 - after the stand-in
-from gpugrad.bench.workload import CONTENDERS, workloads  # noqa: E402
-
 
 def main() -> None:
+    gpu_fake.install()
+    from gpugrad.bench import runner, worker  # after the stand-in
+    from gpugrad.bench.workload import CONTENDERS, workloads
+
     differs, failed, timed = {}, {}, 0
     clock = worker.clock_of("gpugrad", "cuda:0")
     for work in workloads().values():
