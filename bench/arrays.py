@@ -37,7 +37,7 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=lambda gg, x, index: gg.take_along_axis(x, index, axis=1),
         torch=lambda torch, x, index: torch.gather(x, 1, index),
         jax=lambda jax, x, index: jax.numpy.take_along_axis(x, index, 1),
-        covers=("ops/indexing",),
+        covers=("ops/indexing", "kernels/cpu/gather"),
         # An index has twice the bytes of an element.
         moved=lambda *n: 8 * product(*n),
     ),

@@ -50,7 +50,7 @@ WORKLOADS: tuple[Workload, ...] = (
     ),
     kernel(
         "where", "x if x < y, else y",
-        sizes=SIZES, arrays=pair, covers=("ops/comparison",),
+        sizes=SIZES, arrays=pair, covers=("ops/comparison", "kernels/cpu/select"),
         ours=lambda gg, x, y: gg.where(x < y, x, y),
         torch=lambda torch, x, y: torch.where(x < y, x, y),
         plain=lambda np, x, y: np.where(x < y, x, y),
@@ -67,7 +67,7 @@ WORKLOADS: tuple[Workload, ...] = (
     ),
     kernel(
         "Huber loss", "mean of x²/2 where |x − t| < 1, of |x − t| − 1/2 elsewhere",
-        sizes=SIZES, covers=("ops/pointwise_losses",),
+        sizes=SIZES, covers=("ops/pointwise_losses", "kernels/cpu/losses"),
         arrays=lambda random, *n: (normal(random, n), normal(random, n)),
         ours=lambda gg, x, t: gg.huber_loss(x, t),
         torch=lambda torch, x, t: torch.nn.functional.huber_loss(x, t),

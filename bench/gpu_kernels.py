@@ -209,6 +209,38 @@ def _optimizer(scaled: bool) -> Callable[[Inputs], None]:
     return run
 
 
+def _moments(i: Inputs) -> None:
+    """Of the gradients of a hundred layers in one buffer."""
+    import numpy as np
+
+    from gpugrad.backend import SPACES
+    from gpugrad.health.statistics import moments
+
+    x = i.new(i.elements, grad=False).data
+    ends = np.linspace(0, i.elements, 101).astype(int) // 16 * 16
+    moments(SPACES[type(x)], x, bounds=np.stack((ends[:-1], ends[1:]), axis=1), low=-1.0, high=1.0)
+
+
+def _rows(i: Inputs) -> None:
+    """The gradient of a bias without an activation, of a batch that is not large."""
+    from gpugrad.backend import SPACES
+    from gpugrad.ops.linalg import sum_over_rows
+
+    rows = min(512, i.elements)
+    g = i.new(rows, i.elements // rows, grad=False).data
+    sum_over_rows(SPACES[type(g)], g, g.shape[1:])
+
+
+def _norms(i: Inputs) -> None:
+    """What clipping asks of one gradient: its two norms, and what is not finite."""
+    from gpugrad.backend import SPACES
+    from gpugrad.clip import norms
+
+    x = i.new(i.elements, grad=False).data
+    for reduction in (norms.sum_of_squares, norms.max_abs, norms.nonfinite_count):
+        reduction(SPACES[type(x)], x)
+
+
 @dataclass(frozen=True)
 class Case:
     """What makes a family's kernels run, in which storage, at which sizes."""
@@ -222,8 +254,11 @@ class Case:
 
 CASES = (
     Case("bias", "bias + GELU(tanh)", _bias),
+    Case("bias", "sum of 512 rows", _rows),
     Case("optimizer", "AdamW, clipped", _optimizer(False)),
     Case("optimizer", "AdamW, scaled, clipped", _optimizer(True)),
+    Case("moments", "moments of 100 parts", _moments),
+    Case("moments", "norms of one gradient", _norms),
     *(Case("elementwise", name, _map(name)) for name in ("tanh", "gelu", "silu")),
     Case("dropout", "dropout", _dropout),
     *(Case("softmax", name, _map(name)) for name in ("softmax", "log_softmax")),

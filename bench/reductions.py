@@ -34,7 +34,7 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=lambda gg, x: gg.var(x, axis=-1),
         torch=lambda torch, x: torch.var(x, -1, correction=0),
         plain=lambda np, x: np.var(x, axis=-1),
-        covers=("ops/reductions",),
+        covers=("ops/reductions", "kernels/cpu/reductions"),
         moved=lambda *n: 3 * product(*n), flops=lambda *n: 6 * product(*n),
     ),
     kernel(
@@ -43,7 +43,7 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=lambda gg, x: gg.logsumexp(x, axis=-1),
         torch=lambda torch, x: torch.logsumexp(x, -1),
         plain=logsumexp,
-        covers=("ops/reductions", "kernels/cpu/softmax"),
+        covers=("ops/reductions", "kernels/cpu/reductions"),
         moved=lambda *n: 3 * product(*n),
     ),
     kernel(

@@ -37,7 +37,7 @@ APPROXIMATE = (
 )  # fmt: skip
 
 #: Arguments of a formula that are arrays; the others are numbers.
-_OPERANDS = ("g", "x", "y")
+_OPERANDS = ("g", "x", "y", "target", "variance")
 _GATES = ("g", "gate", "value")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,6 +11,7 @@ from gpugrad.backend import SPACES, Array, Backend
 from gpugrad.backend.kernels import fusible
 from gpugrad.clip.checks import check_bound
 from gpugrad.clip.norms import cast, norm_dtype, scalar_tensor, total_norm, widen
+from gpugrad.clip.rows import rows_of
 from gpugrad.core.graph import mutations
 from gpugrad.core.tensor import Tensor
 
@@ -24,6 +25,9 @@ __all__ = [
     "scale_",
     "scaled",
 ]
+
+#: Elements of half precision that are widened at a time.
+PORTION = 1 << 26
 
 #: NumPy says nothing: a bound beyond the range of a dtype is an infinite one, and what an infinite
 #: norm does to gradients is documented.
@@ -53,7 +57,8 @@ def ratio(m: Backend, norm: Array, bound: Array | float) -> Array:
 def scale_(tensors: Iterable[Tensor], factor: Tensor) -> None:
     """Multiply every tensor in place by a 0-d tensor on the same device.
 
-    Half precision is multiplied in float32, and rounded once.
+    Half precision is multiplied in float32, and rounded once. Gradients that lie beside each other
+    in an optimiser's memory are multiplied together.
 
     >>> import gpugrad as gg
     >>> x = gg.tensor([3.0, 4.0])
@@ -61,10 +66,36 @@ def scale_(tensors: Iterable[Tensor], factor: Tensor) -> None:
     >>> x
     tensor([1.5, 2. ])
     """
+    tensors = list(tensors)
+    rows, alone = rows_of([x.data for x in tensors])
     with QUIET():
-        for x in tensors:
+        for row in rows:
+            space = SPACES[type(row.buffer)]
+            times = space.bind(scaled)
+            for run in row.arrays():
+                for part in _portions(space, run):
+                    times(space, part, factor.data)
+            # Zero times NaN is NaN. Where a look at the factor would be a wait, nobody looks.
+            if not (space.on_host and factor.data == factor.data):
+                row.clean()
+        for i in alone:
+            x = tensors[i]
             space = SPACES[type(x.data)]
             _changed(x, space.bind(scaled)(space, x.data, factor.data))
+    if rows:
+        left = set(alone)
+        for i, x in enumerate(tensors):
+            if i not in left:
+                mutations.mark(x.data)
+
+
+def _portions(m: Backend, run: Array) -> Iterator[Array]:
+    """A run; one that is multiplied in another dtype in portions, which are there twice."""
+    if m.numpy_dtype(run).itemsize > 2 or run.size <= PORTION:
+        yield run
+        return
+    for start in range(0, run.size, PORTION):
+        yield m.getitem(run, slice(start, start + PORTION))
 
 
 @fusible

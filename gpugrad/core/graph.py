@@ -284,6 +284,27 @@ class _Mutations:
 mutations = _Mutations()
 
 
+class _Lent:
+    """Which arrays are parts of a buffer that others have parts of, too: homes of gradients."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, tuple[Any, Array, int]] = {}
+
+    def note(self, x: Array, buffer: Array, start: int) -> None:
+        """Note that ``x`` lies in a buffer, the one-dimensional array of all its elements."""
+        key, parts = id(x), self._parts
+        parts[key] = weakref.ref(x, lambda _: parts.pop(key, None)), buffer, start
+
+    def parts(self, arrays: Sequence[Array]) -> list[tuple[Any, Array, int] | None]:
+        """Of each array that was lent a reference to it, its buffer, and the number of its first
+        element there; None of another."""
+        get = self._parts.get
+        return [get(id(x)) for x in arrays]
+
+
+lent = _Lent()
+
+
 def check_alive(node: Node) -> None:
     """Raise when ``node`` was released, or when an array that it saved has changed since."""
     if node.seq == FREED:

@@ -192,8 +192,10 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale the gradients in place so that their total norm is at most `max_norm`.
 
-    Returns the norm before clipping. Parameters without a gradient are passed over. Inside a
-    training step prefer `optimizer.step(clip=max_norm)`, which clips while it updates.
+    Returns the norm before clipping. Parameters without a gradient are passed over. Gradients of
+    parameters that an optimiser holds lie in a row: neighbours are measured, and multiplied,
+    together. Inside a training step prefer `optimizer.step(clip=max_norm)`, which clips while it
+    updates.
 
     Raises ParameterError for a bound that is negative or NaN.
 

@@ -304,3 +304,157 @@ def geglu_tanh_gate_partial(m: Any, g: Any, gate: Any, value: Any) -> Any:
 
 def geglu_tanh_value_partial(m: Any, g: Any, gate: Any) -> Any:
     return g * gelu_tanh(m, gate)
+
+
+# -- losses of an element, from what it is and what it should be -----------------------------------
+#
+# `name_x_partial` and `name_target_partial` are the two derivatives. Of a function of x - target
+# they are opposite.
+
+
+def squared_error(m: Any, x: Any, target: Any) -> Any:
+    d = x - target
+    return d * d
+
+
+def squared_error_x_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    return g * (2.0 * (x - target))
+
+
+def squared_error_target_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    return squared_error_x_partial(m, g, target, x)
+
+
+def absolute_error(m: Any, x: Any, target: Any) -> Any:
+    return m.abs(x - target)
+
+
+def absolute_error_x_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    d = x - target
+    return g * m.where(d > 0, 1.0, m.where(d < 0, -1.0, 0.0 * d))
+
+
+def absolute_error_target_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    return absolute_error_x_partial(m, g, target, x)
+
+
+def huber(m: Any, x: Any, target: Any, delta: float = 1.0) -> Any:
+    """Half the square of the difference up to ``delta``, continued by its tangents."""
+    d = x - target
+    size = m.abs(d)
+    return m.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
+
+
+def huber_x_partial(m: Any, g: Any, x: Any, target: Any, delta: float = 1.0) -> Any:
+    d = x - target
+    return g * m.where(d > delta, delta, m.where(d < -delta, -delta, d))
+
+
+def huber_target_partial(m: Any, g: Any, x: Any, target: Any, delta: float = 1.0) -> Any:
+    return huber_x_partial(m, g, target, x, delta)
+
+
+def smooth_l1(m: Any, x: Any, target: Any, beta: float = 1.0) -> Any:
+    return huber(m, x, target, beta) / beta
+
+
+def smooth_l1_x_partial(m: Any, g: Any, x: Any, target: Any, beta: float = 1.0) -> Any:
+    return huber_x_partial(m, g / beta, x, target, beta)
+
+
+def smooth_l1_target_partial(m: Any, g: Any, x: Any, target: Any, beta: float = 1.0) -> Any:
+    return smooth_l1_x_partial(m, g, target, x, beta)
+
+
+def gaussian_nll(m: Any, x: Any, target: Any, variance: Any) -> Any:
+    """Less a constant, the negative log-density under a normal distribution around x."""
+    d = x - target
+    return 0.5 * (m.log(variance) + d * d / variance)
+
+
+def gaussian_nll_x_partial(m: Any, g: Any, x: Any, target: Any, variance: Any) -> Any:
+    return g * ((x - target) / variance)
+
+
+def gaussian_nll_target_partial(m: Any, g: Any, x: Any, target: Any, variance: Any) -> Any:
+    return gaussian_nll_x_partial(m, g, target, x, variance)
+
+
+def gaussian_nll_variance_partial(m: Any, g: Any, x: Any, target: Any, variance: Any) -> Any:
+    d = x - target
+    return g * (0.5 * (1.0 - d * d / variance) / variance)
+
+
+#: Logarithms of probabilities are at least this, so that no loss is infinite. What has a smaller
+#: one is below exp(-100), which is written out as a number that single precision holds.
+LEAST_LOG = -100.0
+LEAST_PROBABILITY = 3.720075976020836e-44
+
+#: Nor is a derivative: the variance p·(1 - p) that divides it is at least 1e-12 in single
+#: precision, as in PyTorch.
+LEAST_VARIANCE = 9.999999960041972e-13
+
+
+def _log(m: Any, p: Any) -> Any:
+    """The logarithm of ``p``, at least :data:`LEAST_LOG`; NaN stays."""
+    tiny = p <= LEAST_PROBABILITY
+    return m.where(tiny, LEAST_LOG, m.log(m.where(tiny, 1.0, p)))
+
+
+def _log_of_rest(m: Any, p: Any) -> Any:
+    """The logarithm of ``1 - p``, at least :data:`LEAST_LOG`; NaN stays."""
+    sure = p >= 1.0
+    return m.where(sure, LEAST_LOG, m.log1p(-m.where(sure, 0.0, p)))
+
+
+def binary_cross_entropy(m: Any, x: Any, target: Any) -> Any:
+    """Of a probability."""
+    return (target - 1.0) * _log_of_rest(m, x) - target * _log(m, x)
+
+
+def binary_cross_entropy_x_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    return g * (x - target) / m.maximum(x * (1.0 - x), LEAST_VARIANCE)
+
+
+def binary_cross_entropy_target_partial(m: Any, g: Any, x: Any) -> Any:
+    return g * (_log_of_rest(m, x) - _log(m, x))
+
+
+def logit_cross_entropy(m: Any, x: Any, target: Any) -> Any:
+    """Of the logit of a probability."""
+    return (1.0 - target) * x - logsigmoid(m, x)
+
+
+def logit_cross_entropy_x_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    return g * (sigmoid(m, x) - target)
+
+
+def logit_cross_entropy_target_partial(m: Any, g: Any, x: Any) -> Any:
+    return -g * x
+
+
+def divergence(m: Any, x: Any, target: Any) -> Any:
+    """Of a probability from one whose logarithm is x."""
+    return target * (m.log(m.where(target == 0, 1.0, target)) - x)
+
+
+def divergence_x_partial(m: Any, g: Any, target: Any) -> Any:
+    return -g * target
+
+
+def divergence_target_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    none = target == 0
+    return g * (m.log(m.where(none, 1.0, target)) - x + m.where(none, 0.0 * target, 1.0))
+
+
+def log_divergence(m: Any, x: Any, target: Any) -> Any:
+    """Of a probability from another, both by their logarithms."""
+    return m.exp(target) * (target - x)
+
+
+def log_divergence_x_partial(m: Any, g: Any, target: Any) -> Any:
+    return -g * m.exp(target)
+
+
+def log_divergence_target_partial(m: Any, g: Any, x: Any, target: Any) -> Any:
+    return g * (m.exp(target) * (target - x + 1.0))

@@ -74,15 +74,19 @@ def activation_named(operation: str, name: str) -> Activation:
 
 @fusible
 def bias_activation_backward(
-    m: Any, g: Any, x: Any, bias: Any, activation: str, statistics: bool = False
-) -> tuple[Any, ...]:
-    """Gradients of ``x`` and ``bias``.
+    m: Any, g: Any, x: Any, bias: Any, activation: str, statistics: bool = False,
+    bias_home: Any = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Gradients of ``x`` and ``bias``, the second into ``bias_home`` if that is given.
 
     With ``statistics`` a third array: the sum of squares of the first gradient, and how many of its
     elements are not finite.
     """
     gx = ACTIVATIONS[activation].backward(m, g, x + bias)
     gb = m.sum_to(gx, bias.shape)
+    if bias_home is not None:
+        m.setitem(bias_home, ..., gb)
+        gb = bias_home
     if not statistics:
         return gx, gb
     wide = m.astype(gx, m.dtype("float64"))
@@ -90,8 +94,8 @@ def bias_activation_backward(
     return gx, gb, m.stack([m.sum(wide * wide), m.sum(bad)])
 
 
-def _bias_activation_vjp(m: Any, g: Any, x: Any, bias: Any, activation: str) -> Any:
-    return bias_activation_backward(m, g, x, bias, activation)
+def _bias_activation_vjp(m: Any, g: Any, x: Any, bias: Any, activation: str, bias_home: Any) -> Any:
+    return bias_activation_backward(m, g, x, bias, activation, bias_home=bias_home)
 
 
 def _samples() -> Any:

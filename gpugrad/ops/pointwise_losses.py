@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import OutOfRangeError, ParameterError, ShapeError
-from gpugrad.ops.losses import reduced, together
-from gpugrad.ops.reductions import sum
+from gpugrad.ops import formulas
+from gpugrad.ops.losses import check_reduction, reduced, together
+from gpugrad.ops.reductions import counting_dtype, sum
 from gpugrad.ops.samples import distinct, normal, positive, uniform
 
 __all__ = [
@@ -60,23 +62,32 @@ def _weighted(name: str, loss: Tensor, weight: Any) -> Tensor:
     return loss * weight
 
 
-def _mean_by_weight(name: str, loss: Tensor, weight: Any, reduction: str) -> Tensor:
-    """``loss`` times ``weight``; its mean is over the weight of all elements."""
+def _mean_by_weight(
+    name: str, loss: str, x: Tensor, target: Tensor, weight: Any, reduction: str
+) -> Tensor:
+    """A formula of each element times ``weight``; its mean is over the weight of all elements."""
     if weight is None:
-        return reduced(name, loss, reduction)
-    weight = together(loss, weight)[1]
-    if weight.shape != loss.shape:
+        return _loss(name, loss, x, target, reduction)
+    each = pointwise_loss(x, target, None, loss)
+    weight = together(each, weight)[1]
+    if weight.shape != x.shape:
         raise ShapeError(
-            f"{name}: weight of shape {weight.shape} for an input of shape {loss.shape}; it needs "
+            f"{name}: weight of shape {weight.shape} for an input of shape {x.shape}; it needs "
             "one number for each element"
         )
-    loss = reduced(name, loss * weight, "sum" if reduction == "mean" else reduction)
-    return loss / sum(weight) if reduction == "mean" else loss
+    whole = reduced(name, each * weight, "sum" if reduction == "mean" else reduction)
+    return whole / sum(weight) if reduction == "mean" else whole
 
 
-def _refuse_elements(name: str, x: Tensor, bad: Any, what: str) -> None:
-    """Name the first element that is ``bad``; where looking costs no waiting."""
-    if not x.backend.on_host:
+def _refuse_elements(name: str, x: Tensor, low: float, high: float, bad: Any, what: str) -> None:
+    """Name the first element that is ``bad``; where looking costs no waiting.
+
+    Between ``low`` and ``high`` none is, which the extremes tell without a temporary.
+    """
+    if not x.backend.on_host or not x.size:
+        return
+    m: Any = x.backend
+    if m.min(x.data) >= low and m.max(x.data) <= high:
         return
     found = np.asarray(bad(x.data))
     if found.any():
@@ -92,6 +103,166 @@ def _reference(loss: Any) -> Any:
         return each if reduction == "none" else getattr(np, reduction)(each)
 
     return whole
+
+
+# -- the loss of each element, and what becomes of all --------------------------------------------
+
+#: By its formula, how many numbers beside the operands a loss takes.
+FORMULAS = {
+    "squared_error": 0,
+    "absolute_error": 0,
+    "huber": 1,
+    "smooth_l1": 1,
+    "gaussian_nll": 0,
+    "binary_cross_entropy": 0,
+    "logit_cross_entropy": 0,
+    "divergence": 0,
+    "log_divergence": 0,
+}
+
+_OPERANDS = ("x", "target", "variance")
+
+
+def partial_of(loss: str, operand: str) -> Any:
+    """The formula of a derivative, and which operands it is told."""
+    made = getattr(formulas, f"{loss}_{operand}_partial")
+    names = made.__code__.co_varnames[: made.__code__.co_argcount]
+    return made, [n for n in _OPERANDS if n in names]
+
+
+def _in_float32(m: Any, *arrays: Any) -> Any:
+    """The arrays, those of two-byte floats in float32; None stays."""
+    return [
+        x if x is None or counting_dtype(m, x) == x.dtype else m.astype(x, counting_dtype(m, x))
+        for x in arrays
+    ]
+
+
+@fusible
+def pointwise_loss_backward(
+    m: Any, x: Array, target: Array, variance: Array | None, g: Array, loss: str, reduction: str,
+    number: float, needs: tuple[bool, ...],
+) -> tuple[Array | None, ...]:  # fmt: skip
+    """Gradients of those operands that need one."""
+    dtypes = [None if v is None else v.dtype for v in (x, target, variance)]
+    g, *operands = _in_float32(m, g, x, target, variance)
+    if reduction == "mean":
+        g = g / (math.prod(x.shape) or 1)
+    told = dict(zip(_OPERANDS, operands))
+    found: list[Any] = []
+    for operand, dtype, need in zip(_OPERANDS, dtypes, (*needs, False)):
+        if not need:
+            found.append(None)
+            continue
+        partial, names = partial_of(loss, operand)
+        slope = partial(m, g, *(told[n] for n in names), *[number] * FORMULAS[loss])
+        slope = m.broadcast_to(slope, x.shape)
+        found.append(slope if slope.dtype == dtype else m.astype(slope, dtype))
+    return tuple(found[: len(needs)])
+
+
+def _pointwise_vjp(
+    g: Array, m: Any, x: Array, target: Array, variance: Array | None, loss: str, reduction: str,
+    number: float, needs: tuple[bool, ...],
+) -> Any:  # fmt: skip
+    return pointwise_loss_backward(m, x, target, variance, g, loss, reduction, number, needs)
+
+
+def _pointwise_samples() -> list[Any]:
+    x, t, p = distinct((3, 4)), np.zeros((3, 4)), uniform((3, 4), seed=1)
+    return [
+        *(sample(x, t, None, name, r) for name in ("squared_error", "absolute_error")
+          for r in ("none", "mean")),
+        *(sample(x, t, None, name, r, 0.7) for name in ("huber", "smooth_l1")
+          for r in ("sum", "none")),
+        sample(normal((3, 4)), normal((3, 4), 1), positive((3, 4)), "gaussian_nll", "mean"),
+        sample(uniform((3, 4)), p, None, "binary_cross_entropy", "mean"),
+        sample(np.array([0.0, 1.0, 0.0]), np.array([0.0, 1.0, 1.0]), None, "binary_cross_entropy",
+               smooth=False, note="sure"),
+        sample(normal((3, 4)), p, None, "logit_cross_entropy", "sum"),
+        sample(normal((3, 4)), p, None, "divergence", "mean"),
+        sample(normal((3, 4)), normal((3, 4), 1), None, "log_divergence", "sum"),
+    ]  # fmt: skip
+
+
+def _numpy_pointwise(
+    x: Any, t: Any, v: Any, loss: str, reduction: str = "none", number: float = 1.0
+) -> Any:
+    d = abs(x - t)
+    bent = np.where(d <= number, 0.5 * d * d, number * (d - 0.5 * number))
+    with np.errstate(all="ignore"):
+        each = {
+            "squared_error": lambda: d**2,
+            "absolute_error": lambda: d,
+            "huber": lambda: bent,
+            "smooth_l1": lambda: bent / number,
+            "gaussian_nll": lambda: 0.5 * (np.log(v) + d**2 / v),
+            "binary_cross_entropy": lambda: (
+                -t * np.maximum(np.log(x), -100.0) - (1 - t) * np.maximum(np.log1p(-x), -100.0)
+            ),
+            "logit_cross_entropy": lambda: np.logaddexp(0.0, x) - t * x,
+            "divergence": lambda: t * (np.log(t) - x),
+            "log_divergence": lambda: np.exp(t) * (t - x),
+        }[loss]()
+    return each if reduction == "none" else getattr(np, reduction)(each)
+
+
+@primitive(
+    vjp=_pointwise_vjp,
+    samples=_pointwise_samples,
+    reference=_numpy_pointwise,
+)
+def pointwise_loss(
+    m: Backend,
+    x: Array,
+    target: Array,
+    variance: Array | None = None,
+    /,
+    loss: str = "squared_error",
+    reduction: str = "none",
+    number: float = 0.0,
+) -> Array:
+    """A formula of each element and its target, and the mean or the sum of all of them.
+
+    Parameters
+    ----------
+    x, target:
+        Of one shape. Half precision is computed, and added up, in float32.
+    variance:
+        Of that shape; for ``"gaussian_nll"`` alone.
+    loss:
+        Which formula of ``gpugrad.ops.formulas``: a key of ``FORMULAS``.
+    reduction:
+        ``"mean"``, ``"sum"``, ``"none"``.
+    number:
+        What the formula takes beside the operands, if it does: Huber's delta.
+
+    >>> import gpugrad as gg
+    >>> from gpugrad.ops.pointwise_losses import pointwise_loss
+    >>> pointwise_loss(gg.asarray([0.5, 3.0]), gg.asarray([0.0, 0.0]), loss="huber", number=1.0)
+    tensor([0.125, 2.5  ])
+    """
+    known = m.numpy_dtype(x)
+    half = known.itemsize == 2 and known.kind not in "iu" and x.dtype == target.dtype
+    operands = [v for v in _in_float32(m, x, target, variance) if v is not None]
+    y = getattr(formulas, loss)(m, *operands, *[number] * FORMULAS[loss])
+    if reduction != "none":
+        y = m.sum(y)
+    if reduction == "mean":
+        y = y / math.prod(x.shape)
+    return m.astype(y, x.dtype) if half else y
+
+
+def _loss(
+    name: str, loss: str, x: Tensor, target: Tensor, reduction: str, number: float = 0.0,
+    weight: Any = None,
+) -> Tensor:  # fmt: skip
+    """A formula of each element, weighted if there is a weight, and reduced."""
+    check_reduction(name, reduction)
+    if weight is None:
+        return pointwise_loss(x, target, None, loss, reduction, number)
+    each = pointwise_loss(x, target, None, loss, "none", number)
+    return reduced(name, _weighted(name, each, weight), reduction)
 
 
 # -- values ---------------------------------------------------------------------------------------
@@ -114,7 +285,7 @@ def mse_loss(input: Any, target: Any, reduction: str = "mean", weight: Any = Non
     tensor(2.)
     """
     input, target = _pair("mse_loss", input, target)
-    return _mean_by_weight("mse_loss", differentiable.square(input - target), weight, reduction)
+    return _mean_by_weight("mse_loss", "squared_error", input, target, weight, reduction)
 
 
 @composite(samples=_two_samples, reference=_reference(lambda x, t: abs(x - t)))
@@ -128,13 +299,7 @@ def l1_loss(input: Any, target: Any, reduction: str = "mean", weight: Any = None
     tensor(1.)
     """
     input, target = _pair("l1_loss", input, target)
-    return _mean_by_weight("l1_loss", abs(input - target), weight, reduction)
-
-
-def _huber(d: Tensor, delta: float) -> Tensor:
-    """Half the square of ``d`` up to ``delta``, continued by its tangents."""
-    size = abs(d)
-    return differentiable.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
+    return _mean_by_weight("l1_loss", "absolute_error", input, target, weight, reduction)
 
 
 def _numpy_huber(x: Any, t: Any, delta: float = 1.0) -> Any:
@@ -160,8 +325,7 @@ def huber_loss(
     if not delta > 0:
         raise ParameterError(f"huber_loss: delta must be positive, got {delta!r}")
     input, target = _pair("huber_loss", input, target)
-    loss = _weighted("huber_loss", _huber(input - target, delta), weight)
-    return reduced("huber_loss", loss, reduction)
+    return _loss("huber_loss", "huber", input, target, reduction, delta, weight)
 
 
 @composite(
@@ -182,8 +346,8 @@ def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float
     if not beta >= 0:
         raise ParameterError(f"smooth_l1_loss: beta must not be negative, got {beta!r}")
     input, target = _pair("smooth_l1_loss", input, target)
-    d = input - target
-    return reduced("smooth_l1_loss", _huber(d, beta) / beta if beta else abs(d), reduction)
+    loss = "smooth_l1" if beta else "absolute_error"
+    return _loss("smooth_l1_loss", loss, input, target, reduction, beta)
 
 
 def _numpy_gaussian(
@@ -232,6 +396,7 @@ def gaussian_nll_loss(
     name = "gaussian_nll_loss"
     x, t = _pair(name, input, target)
     var = differentiable.full_like(x, var) if isinstance(var, int | float) else asarray(var)
+    check_reduction(name, reduction)
     if not eps > 0:
         raise ParameterError(f"{name}: eps must be positive, got {eps!r}")
     if var.shape != x.shape:
@@ -243,56 +408,17 @@ def gaussian_nll_loss(
                 f"{name}: var of shape {var.shape} for an input of shape {x.shape}; it needs that "
                 "shape, or one axis of size 1"
             )
-    _refuse_elements(name, var, lambda v: v < 0, "is no variance: it is negative")
+    _refuse_elements(name, var, 0.0, math.inf, lambda v: v < 0, "is no variance: it is negative")
     var = var + (differentiable.maximum(var.detach(), eps) - var.detach())
-    loss = 0.5 * (differentiable.log(var) + differentiable.square(x - t) / var)
-    return reduced(name, loss + 0.5 * math.log(2 * math.pi) if full else loss, reduction)
+    if var.shape != x.shape:
+        var = differentiable.broadcast_to(var, x.shape)
+    loss = pointwise_loss(x, t, var, "gaussian_nll", reduction)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi) * (x.size if reduction == "sum" else 1)
+    return loss
 
 
 # -- probabilities --------------------------------------------------------------------------------
-
-#: Logarithms of probabilities are at least this, so that no loss is infinite.
-LEAST_LOG = -100.0
-
-#: Nor is a derivative: the variance p·(1 - p) that divides it is at least 1e-12, which PyTorch has
-#: in single precision.
-LEAST_VARIANCE = float(np.float32(1e-12))
-
-
-def _log(m: Any, p: Any) -> Any:
-    """The logarithm of ``p``, at least :data:`LEAST_LOG`; NaN stays."""
-    tiny = p <= math.exp(LEAST_LOG)
-    return m.where(tiny, LEAST_LOG, m.log(m.where(tiny, 1.0, p)))
-
-
-def _log_of_rest(m: Any, p: Any) -> Any:
-    """The logarithm of ``1 - p``, at least :data:`LEAST_LOG`; NaN stays."""
-    sure = p >= 1.0
-    return m.where(sure, LEAST_LOG, m.log1p(-m.where(sure, 0.0, p)))
-
-
-@primitive(
-    vjps=(
-        lambda g, m, p, target: g * (p - target) / m.maximum(p * (1.0 - p), LEAST_VARIANCE),
-        lambda g, m, p: g * (_log_of_rest(m, p) - _log(m, p)),
-    ),
-    samples=lambda: [
-        sample(uniform((3, 4)), uniform((3, 4), seed=1)),
-        sample(np.array([0.0, 1.0, 0.0]), np.array([0.0, 1.0, 1.0]), smooth=False, note="sure"),
-    ],
-    reference=lambda p, t: (
-        -(t * np.maximum(np.log(p), LEAST_LOG) + (1 - t) * np.maximum(np.log1p(-p), LEAST_LOG))
-    ),
-)
-def binary_entropies(m: Backend, p: Array, target: Array, /) -> Array:
-    """What :func:`binary_cross_entropy` gives for each element.
-
-    >>> import gpugrad as gg
-    >>> from gpugrad.ops.pointwise_losses import binary_entropies
-    >>> binary_entropies(gg.asarray([0.5, 1.0]), gg.asarray([1.0, 0.0]))
-    tensor([  0.69314718, 100.        ])
-    """
-    return (target - 1.0) * _log_of_rest(m, p) - target * _log(m, p)
 
 
 def _numpy_bce(p: Any, t: Any, weight: Any = None, reduction: str = "mean") -> Any:
@@ -336,11 +462,11 @@ def binary_cross_entropy(
     name = "binary_cross_entropy"
     p, t = _pair(name, input, target)
     _refuse_elements(
-        name, p, lambda p: ~((p >= 0) & (p <= 1)),
+        name, p, 0.0, 1.0, lambda p: ~((p >= 0) & (p <= 1)),
         "is no probability, a number from 0 to 1; for logits there is "
         "binary_cross_entropy_with_logits",
     )  # fmt: skip
-    return reduced(name, _weighted(name, binary_entropies(p, t), weight), reduction)
+    return _loss(name, "binary_cross_entropy", p, t, reduction, weight=weight)
 
 
 def _numpy_bce_with_logits(
@@ -386,11 +512,10 @@ def binary_cross_entropy_with_logits(
     """
     name = "binary_cross_entropy_with_logits"
     x, t = _pair(name, input, target)
-    log_p = differentiable.logsigmoid(x)
-    if pos_weight is not None:
-        log_p = log_p * (_weighted(name, t, pos_weight - 1.0) + 1.0)
-    loss = _weighted(name, (1.0 - t) * x - log_p, weight)
-    return reduced(name, loss, reduction)
+    if pos_weight is None:
+        return _loss(name, "logit_cross_entropy", x, t, reduction, weight=weight)
+    log_p = differentiable.logsigmoid(x) * (_weighted(name, t, pos_weight - 1.0) + 1.0)
+    return reduced(name, _weighted(name, (1.0 - t) * x - log_p, weight), reduction)
 
 
 def _numpy_kl_div(x: Any, t: Any, reduction: str = "mean", log_target: bool = False) -> Any:
@@ -433,13 +558,10 @@ def kl_div(input: Any, target: Any, reduction: str = "mean", log_target: bool = 
             f"kl_div: reduction is 'batchmean', 'mean', 'sum' or 'none', not {reduction!r}"
         )
     x, t = _pair("kl_div", input, target)
-    if log_target:
-        loss = differentiable.exp(t) * (t - x)
-    else:
-        loss = t * (differentiable.log(differentiable.where(t == 0, 1.0, t)) - x)
+    loss = "log_divergence" if log_target else "divergence"
     if reduction == "batchmean":
-        return sum(loss) / x.shape[0] if x.ndim else loss
-    return reduced("kl_div", loss, reduction)
+        return _loss("kl_div", loss, x, t, "sum") / (x.shape[0] if x.ndim else 1)
+    return _loss("kl_div", loss, x, t, reduction)
 
 
 # -- directions -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Array, Backend
+from gpugrad.backend.kernels import fusible
 from gpugrad.core.primitive import linear, primitive, sample
 from gpugrad.ops.manipulation import along
 from gpugrad.ops.samples import distinct, normal, positive
@@ -158,12 +159,20 @@ def _var(m: Backend, x: Array, axis: Axis, correction: float, keepdims: bool) ->
     return m.sum(d * d, axis=axis, keepdims=keepdims) / (n if n > 0 else 0)
 
 
+@fusible
+def var_backward(
+    m: Any, x: Array, g: Array, axis: Axis, correction: float, keepdims: bool
+) -> Array:
+    """The gradient of the operand of :func:`var`."""
+    n = reduced_size(x.shape, axis) - correction
+    d: Array = x - m.mean(x, axis=axis, keepdims=True)
+    return _keep(g, m, x.shape, axis, keepdims) * d * (2 / n if n > 0 else math.nan)
+
+
 def _var_vjp(
     g: Array, m: Backend, x: Array, axis: Axis, correction: float, keepdims: bool
 ) -> Array:
-    n = reduced_size(x.shape, axis) - correction
-    d = x - m.mean(x, axis=axis, keepdims=True)
-    return _keep(g, m, x.shape, axis, keepdims) * d * (2 / n if n > 0 else math.nan)
+    return var_backward(m, x, g, axis, correction, keepdims)
 
 
 def _numpy_var(x: Any, axis: Axis = None, correction: float = 0, keepdims: bool = False) -> Any:
@@ -224,10 +233,15 @@ def std(
 
 
 def _extreme_vjp(g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool) -> Array:
+    return extreme_backward(m, x, y, g, axis, keepdims)
+
+
+@fusible
+def extreme_backward(m: Any, x: Array, y: Array, g: Array, axis: Axis, keepdims: bool) -> Array:
     """The gradient in equal shares to all elements that are the extreme; a NaN is the extreme."""
     chosen = (x == _keep(y, m, x.shape, axis, keepdims)) | (x != x)
     chosen = m.astype(chosen, counting_dtype(m, x))
-    share = chosen / m.sum(chosen, axis=axis, keepdims=True)
+    share: Array = chosen / m.sum(chosen, axis=axis, keepdims=True)
     return _keep(g, m, x.shape, axis, keepdims) * share
 
 
@@ -437,7 +451,13 @@ def _logsumexp(m: Backend, x: Array, axis: Axis, keepdims: bool) -> Array:
 
 
 def _logsumexp_vjp(g: Array, m: Backend, x: Array, y: Array, axis: Axis, keepdims: bool) -> Array:
-    inside = m.exp(x - _keep(_finite(y, m), m, x.shape, axis, keepdims))
+    return logsumexp_backward(m, x, y, g, axis, keepdims)
+
+
+@fusible
+def logsumexp_backward(m: Any, x: Array, y: Array, g: Array, axis: Axis, keepdims: bool) -> Array:
+    """The gradient of the operand of :func:`logsumexp`."""
+    inside: Array = m.exp(x - _keep(_finite(y, m), m, x.shape, axis, keepdims))
     return _keep(g, m, x.shape, axis, keepdims) * inside
 
 

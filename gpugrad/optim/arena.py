@@ -37,7 +37,7 @@ import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend
 from gpugrad.backend.memory import ALIGNMENT, NOTED, Buffer, buffer, squares
-from gpugrad.core.graph import Leaf, Mark, mutations
+from gpugrad.core.graph import Leaf, Mark, lent, mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 
 __all__ = ["MASTER", "Arena", "Place", "Span", "arenas_of", "leaf_of"]
@@ -105,6 +105,7 @@ class Place:
                 array, loan = arena.g.lend(self.start, self.shape)
                 self.lent = weakref.ref(array)
                 self._loan = weakref.ref(loan)
+                lent.note(array, arena.g.flat, self.start)
                 self._mine = array if arena.g.counts else None
         if squares:
             squares.pop(id(array), None)

@@ -42,6 +42,20 @@ SLOTS = slots(
                 "group_norm_backward",
             ),
         ),
+        "gather": (1 << 12, ("gather", "scatter_add_along_axis")),
+        "select": (1 << 14, ("where",)),
+        "reductions": (
+            1 << 12,
+            (
+                "var",
+                "std",
+                "var_backward",
+                "logsumexp",
+                "logsumexp_backward",
+                "extreme_backward",
+            ),
+        ),
+        "losses": (1 << 12, ("pointwise_loss", "pointwise_loss_backward")),
         "reduce": (1 << 12, ("sum_of_squares", "max_abs", "nonfinite_count", "scaled")),
         "attention": (
             1 << 10,

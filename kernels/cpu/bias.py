@@ -110,8 +110,9 @@ def bias_activation(m: Backend, x: Array, bias: Array, activation: str) -> Array
 
 
 def bias_activation_backward(
-    m: Backend, g: Array, x: Array, bias: Array, activation: str, statistics: bool = False
-) -> tuple[Array, ...]:
+    m: Backend, g: Array, x: Array, bias: Array, activation: str, statistics: bool = False,
+    bias_home: Array | None = None,
+) -> tuple[Array, ...]:  # fmt: skip
     """Gradients of `x` and `bias`; with `statistics` also Σg² and the bad elements of the first."""
     storage = numpy_storage(x.dtype)
     wide = np.float64 if storage == "float64" else np.float32
@@ -127,7 +128,8 @@ def bias_activation_backward(
             _matrix(g, columns), _matrix(x, columns), storage_view(np.ascontiguousarray(bias)),
             _matrix(gx, columns), totals, seen,
         )  # fmt: skip
-    gb = totals.sum(axis=0, dtype=np.float64).astype(bias.dtype)
+    gb = np.empty(bias.shape, bias.dtype) if bias_home is None else bias_home
+    gb[...] = totals.sum(axis=0, dtype=np.float64)
     return (gx, gb, seen.sum(axis=0)) if statistics else (gx, gb)
 
 
@@ -146,7 +148,7 @@ def _refuse_forward(m: Backend, x: Any, bias: Any, activation: str) -> str | Non
 
 
 def _refuse_backward(
-    m: Backend, g: Any, x: Any, bias: Any, activation: str, statistics: bool = False
+    m: Backend, g: Any, x: Any, bias: Any, activation: str, *options: Any, **others: Any
 ) -> str | None:
     if g.dtype != x.dtype or g.shape != x.shape:
         return f"a gradient of {g.dtype}{list(g.shape)} for operands of {x.dtype}{list(x.shape)}"

@@ -44,6 +44,12 @@ def _map3(a: Array, b: Array, c: Array, out: Array, p: Any, q: Any) -> None:
         write(out, i, f(read(a, i), read(b, i), read(c, i), p, q))
 
 
+@serial
+def _map4(a: Array, b: Array, c: Array, d: Array, out: Array, p: Any, q: Any) -> None:
+    for i in range(out.size):
+        write(out, i, f(read(a, i), read(b, i), read(c, i), read(d, i), p, q))
+
+
 @parallel
 def _blocks1(a: Array, out: Array, p: Any, q: Any) -> None:
     for block in prange((out.size + BLOCK - 1) // BLOCK):
@@ -68,7 +74,17 @@ def _blocks3(a: Array, b: Array, c: Array, out: Array, p: Any, q: Any) -> None:
         span(a[i:j], b[i:j], c[i:j], out[i:j], p, q)
 
 
-_LOOPS = {1: (_map1, _blocks1), 2: (_map2, _blocks2), 3: (_map3, _blocks3)}
+@parallel
+def _blocks4(a: Array, b: Array, c: Array, d: Array, out: Array, p: Any, q: Any) -> None:
+    for block in prange((out.size + BLOCK - 1) // BLOCK):
+        i = block * BLOCK
+        j = min(i + BLOCK, out.size)
+        span(a[i:j], b[i:j], c[i:j], d[i:j], out[i:j], p, q)
+
+
+_LOOPS = {
+    1: (_map1, _blocks1), 2: (_map2, _blocks2), 3: (_map3, _blocks3), 4: (_map4, _blocks4),
+}  # fmt: skip
 
 
 def refuse_arrays(*arrays: Any) -> str | None:

@@ -188,16 +188,51 @@ def _divide(y, divisor, n):
 
 
 @serial
-def _mean_row(shape, image, r, y, divisor, back):
-    """One row of results from an image; `back`: one row of gradients to it."""
+def _mean_of_four(x0, x1, x2, x3, y, divisor, n):
+    """Of four rows."""
+    a, b = pointer(x0, T(0)), pointer(x1, T(0))
+    c, d = pointer(x2, T(0)), pointer(x3, T(0))
+    out = pointer(y, T(0))
+    for i in range(n):
+        out[i] = (a[i] + b[i] + c[i] + d[i]) / divisor
+
+
+@serial
+def _share_of_four(x0, x1, x2, x3, g, divisor, n):
+    """Spread a row of gradients over four rows that no other window has."""
+    a, b = pointer(x0, T(0)), pointer(x1, T(0))
+    c, d = pointer(x2, T(0)), pointer(x3, T(0))
+    up = pointer(g, T(0))
+    for i in range(n):
+        x = up[i] / divisor
+        a[i] = x
+        b[i] = x
+        c[i] = x
+        d[i] = x
+
+
+@serial
+def _mean_row(shape, image, r, y, divisor, back, alone):
+    """One row of results from an image; `back`: one row of gradients to it.
+
+    With `alone` windows are of four elements, and apart.
+    """
     _, h, w, c, _, places, kh, kw, sh, sw, top, left, _, _ = shape
     size = size_of(T(0))
     row = r * sh + top
     i0, i1 = places_inside(row, 1, kh, h)
-    if not back:
+    if not back and not alone:
         clear(y, places * c)
     for place in range(places):
         column = place * sw + left
+        if alone:
+            x = image + (row * w + column) * c * size
+            right, down, at = c * size, w * c * size, y + place * c * size
+            if back:
+                _share_of_four(x, x + right, x + down, x + down + right, at, divisor, c)
+            else:
+                _mean_of_four(x, x + right, x + down, x + down + right, at, divisor, c)
+            continue
         j0, j1 = places_inside(column, 1, kw, w)
         for i in range(i0, i1):
             for j in range(j0, j1):
@@ -206,20 +241,21 @@ def _mean_row(shape, image, r, y, divisor, back):
                     _add_share(y + place * c * size, x, divisor, c)
                 else:
                     _add(x, y + place * c * size, c)
-    if not back:
+    if not back and not alone:
         _divide(y, divisor, places * c)
 
 
 @parallel
-def _means(shape, x, y, divisor, back):
+def _means(shape, x, y, divisor, back, alone, full):
     n, h, w, c, rows, places = shape[:6]
     size = size_of(T(0))
     for item in prange(n):
         image = x + item * h * w * c * size
-        if back:
+        if back and not full:
             clear(image, h * w * c)
         for r in range(rows):
-            _mean_row(shape, image, r, y + (item * rows + r) * places * c * size, divisor, back)
+            at = y + (item * rows + r) * places * c * size
+            _mean_row(shape, image, r, at, divisor, back, alone)
 
 
 # -- launching ------------------------------------------------------------------------------------
@@ -278,15 +314,18 @@ def max_pool_backward(
             g.dtype
         )
     numbers = _shape(shape, g.shape[2:], kernel, stride, padding, dilation)
-    n, h, w, c, rows, places = numbers[:6]
+    n, h, w, c = numbers[:4]
     top, own = _inner(g), np.ascontiguousarray(_last(winner))
-    apart = numbers[6:] == (2, 2, 2, 2, 0, 0, 1, 1) and 2 * rows <= h and 2 * places <= w
     gx = empty((n, h, w, c), g.dtype)
-    _max_backward[g.dtype.name](
-        numbers, address(top), address(own), address(gx), apart,
-        apart and 2 * rows == h and 2 * places == w,
-    )  # fmt: skip
+    _max_backward[g.dtype.name](numbers, address(top), address(own), address(gx), *_apart(numbers))
     return _outer(gx, len(kernel))
+
+
+def _apart(shape: tuple[int, ...]) -> tuple[bool, bool]:
+    """Whether windows are of 2×2 elements, none in two of them; and whether each is in one."""
+    h, w, _, rows, places = shape[1:6]
+    apart = shape[6:] == (2, 2, 2, 2, 0, 0, 1, 1) and 2 * rows <= h and 2 * places <= w
+    return apart, apart and 2 * rows == h and 2 * places == w
 
 
 def _last(x: Array) -> Array:
@@ -305,7 +344,9 @@ def window_mean(
     shape = _shape(x.shape, out, kernel, stride, padding, still)
     own = _inner(x)
     y = empty((shape[0], *shape[4:6], shape[3]), x.dtype)
-    _means[x.dtype.name](shape, address(own), address(y), x.dtype.type(divisor), False)
+    _means[x.dtype.name](
+        shape, address(own), address(y), x.dtype.type(divisor), False, *_apart(shape)
+    )
     return _outer(y, len(out))
 
 
@@ -323,7 +364,9 @@ def window_mean_backward(
     n, h, w, c = numbers[:4]
     top = _inner(g)
     gx = empty((n, h, w, c), g.dtype)
-    _means[g.dtype.name](numbers, address(gx), address(top), g.dtype.type(divisor), True)
+    _means[g.dtype.name](
+        numbers, address(gx), address(top), g.dtype.type(divisor), True, *_apart(numbers)
+    )
     return _outer(gx, len(kernel))
 
 

@@ -15,7 +15,7 @@ SLOTS = slots(
     __name__,
     {
         "elementwise": (0, (*PLAIN, *APPROXIMATE)),
-        "bias": (0, ("bias_activation", "bias_activation_backward")),
+        "bias": (0, ("bias_activation", "bias_activation_backward", "sum_over_rows")),
         "dropout": (
             0,
             ("dropout", "bias_activation_dropout", "bias_activation_dropout_backward"),
@@ -52,5 +52,6 @@ SLOTS = slots(
             ),
         ),
         "optimizer": (0, ("flat_norm", "flat_update", "flat_step")),
+        "moments": (0, ("moments", "sum_of_squares", "max_abs", "nonfinite_count")),
     },
 )

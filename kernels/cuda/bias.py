@@ -224,9 +224,12 @@ def launch_bias_activation(x: Array, bias: Array, activation: str) -> Array:
 
 
 def launch_bias_activation_backward(
-    g: Array, x: Array, bias: Array, activation: str
+    g: Array, x: Array, bias: Array, activation: str, bias_home: Array | None = None
 ) -> tuple[Array, Array, Array, Array]:
-    """Gradients of `x` and `bias`; of `x` also Σg² and how many are bad, in arrays of one."""
+    """Gradients of `x` and `bias`; of `x` also Σg² and how many are bad, in arrays of one.
+
+    The gradient of `bias` is written into `bias_home` if that is given.
+    """
     gpu, storage = machine(x), storage_of(x)
     number = number_type(storage)
     columns = bias.size
@@ -234,7 +237,8 @@ def launch_bias_activation_backward(
     size = pack_size(storage)
     tiles = gpu.tiled(rows, columns, size)
     blocks = tiles.across * tiles.chunks
-    gx, gb = gpu.empty(x.shape, x.dtype), gpu.empty(bias.shape, bias.dtype)
+    gx = gpu.empty(x.shape, x.dtype)
+    gb = gpu.empty(bias.shape, bias.dtype) if bias_home is None else bias_home
     totals = gpu.empty((tiles.chunks, columns), number)
     squares, bad = gpu.empty(blocks, number), gpu.empty(blocks, np.int32)
     out, out_bad = gpu.empty(1, number), gpu.empty(1, np.int32)
@@ -256,16 +260,47 @@ def bias_activation(m: Backend, x: Array, bias: Array, activation: str = "gelu")
 
 
 def bias_activation_backward(
-    m: Backend, g: Array, x: Array, bias: Array, activation: str, statistics: bool = False
+    m: Backend,
+    g: Array,
+    x: Array,
+    bias: Array,
+    activation: str,
+    statistics: bool = False,
+    bias_home: Array | None = None,
 ) -> tuple[Array, ...]:
     """Gradients of `x` and `bias`; with `statistics` also Σg² and the bad ones of the first."""
     gx, gb, squares, bad = launch_bias_activation_backward(
-        in_a_row(g), in_a_row(x), in_a_row(bias), activation
+        in_a_row(g), in_a_row(x), in_a_row(bias), activation, bias_home
     )
     if not statistics:
         return gx, gb
     wide = m.dtype("float64")
     return gx, gb, m.concat([m.astype(squares, wide), m.astype(bad, wide)])
+
+
+def sum_over_rows(m: Backend, g: Array, shape: tuple[int, ...], home: Array | None = None) -> Array:
+    """The sum over all axes but the last, into `home` if that is given: rows are chunks of one."""
+    gpu, storage = machine(g), storage_of(g)
+    g = in_a_row(g)
+    (columns,) = shape
+    gb = gpu.empty(shape, g.dtype) if home is None else home
+    out, bad = gpu.empty(1, g.dtype), gpu.empty(1, np.int32)
+    gpu.run(
+        bias_total_kernel[storage], (max(1, (columns + 31) // 32),),
+        g, gb, out, bad, out, bad, columns, g.size // columns if columns else 0, 0,
+    )  # fmt: skip
+    return gb
+
+
+def _refuse_rows(m: Backend, g: Any, shape: tuple[int, ...], home: Any = None) -> str | None:
+    why = refuse_arrays(g)
+    if why is None and storage_of(g) not in ("float32", "float64"):
+        return f"sums of {g.dtype}, which are of another type"
+    if why is None and g.shape[-1:] != shape:
+        return f"sums of shape {shape} of operands of shape {g.shape}"
+    if why is None and g.size > Machine.chunks * shape[0]:
+        return f"more than {Machine.chunks} rows"
+    return why
 
 
 def _refuse_bias(m: Backend, x: Any, bias: Any, activation: str = "gelu") -> str | None:
@@ -278,7 +313,7 @@ def _refuse_bias(m: Backend, x: Any, bias: Any, activation: str = "gelu") -> str
 
 
 def _refuse_bias_backward(
-    m: Backend, g: Any, x: Any, bias: Any, activation: str, statistics: bool = False
+    m: Backend, g: Any, x: Any, bias: Any, activation: str, *options: Any, **others: Any
 ) -> str | None:
     return refuse_shapes(g, x) or _refuse_bias(m, x, bias, activation)
 
@@ -289,6 +324,7 @@ KERNELS = {
     "bias_activation_backward": Implementation(
         bias_activation_backward, LABEL, _refuse_bias_backward
     ),
+    "sum_over_rows": Implementation(sum_over_rows, LABEL, _refuse_rows),
 }
 
 

@@ -37,7 +37,9 @@ from gpugrad.ops.fused import bias_activation_backward
 from gpugrad.ops.layers import layers as chain
 from gpugrad.ops.linalg import linear as plain_linear
 from gpugrad.ops.linalg import linear_activation, weight_gradient
+from gpugrad.ops.pointwise_losses import pointwise_loss
 from gpugrad.ops.pooling import max_pool, window_mean
+from gpugrad.ops.reductions import var_backward
 from gpugrad.ops.updates import RULES
 from gpugrad.optim.flat import flat_norm, flat_update
 from tests.kernels.cpu.test_optimizer import NUMBERS, VARIANTS
@@ -274,6 +276,67 @@ def reduce():
         yield nonfinite_count(NUMPY, x)
     for size in (50, 205):
         yield scaled(NUMPY, plain[:size].copy(), np.array(0.3, "float32"))
+
+
+def reductions():
+    wide, deep = random(7, 75) + 2, random(2, 21, 35) + 2
+    tied = np.round(2 * random(5, 40))
+    tied[2, 7] = NAN
+    for function in (gg.var, gg.std, gg.logsumexp):
+        yield from derived(function, wide, axis=1)
+        yield from derived(function, wide[:, :30], axis=1)
+        yield from derived(function, deep, axis=1)
+        yield from derived(function, deep[:, :3], axis=(0, 1), keepdims=True)
+        yield from derived(function, deep)
+    yield from derived(gg.var, wide, axis=1, correction=3)
+    yield from derived(gg.max, tied, axis=1)
+    yield from derived(gg.min, tied)
+    for rows in (special_rows(), special_rows()[:, :20]):
+        yield gg.logsumexp(tensor_of(rows), axis=1).data
+        yield gg.logsumexp(tensor_of(np.ascontiguousarray(rows.T)), axis=0).data
+    for x, axis in ((large_mean(3, 20), 1), (large_mean(3, 75), 1), (large_mean(20, 33), 0)):
+        y = x.astype("float64") if kernel_mode() == "off" else x  # where the generic text is exact
+        yield np.log(gg.var(tensor_of(y), axis=axis).data)
+        up = np.full(x.shape[1 - axis], 1e5, y.dtype)
+        yield var_backward(NUMPY, y, up, axis, 0, False)
+
+
+def pointwise():
+    for size in (50, 205):
+        x, t = random(size), random(size, seed=1)
+        p, q = 1 / (1 + np.exp(-x)), 1 / (1 + np.exp(-t))
+        for reduction in ("mean", "sum", "none"):
+            for loss, a, b, number in (("huber", x, t, 0.7), ("divergence", x, q, 0.0),
+                                       ("binary_cross_entropy", p, q, 0.0)):  # fmt: skip
+                yield from derived(
+                    pointwise_loss, a, b, loss=loss, reduction=reduction, number=number
+                )
+            yield from derived(pointwise_loss, x, t, q, loss="gaussian_nll", reduction=reduction)
+
+
+def select():
+    for size in (50, 205):
+        x, y = random(size), random(size, seed=1)
+        yield from derived(gg.where, x > y, x, y)
+        yield gg.where(tensor_of(x > y), tensor_of(x), 0.5).data
+        yield gg.where(tensor_of(x > y), 2.0, tensor_of(y)).data
+        yield gg.where(tensor_of(x > y), tensor_of(x > 0), True).data
+
+
+def gather():
+    rng = np.random.default_rng(4)
+    for shape, axis in (((6, 9), 1), ((3, 7, 20), 1), ((2, 5, 40), 1), ((9, 6), 0)):
+        places = list(shape)
+        places[axis] = 11
+        index = rng.integers(-shape[axis], shape[axis], places)
+        yield from derived(gg.take_along_axis, random(*shape), index, axis=axis)
+        for bad in (shape[axis], -shape[axis] - 1):
+            spoilt = index.copy()
+            spoilt.flat[5] = bad
+            try:
+                yield gg.take_along_axis(tensor_of(random(*shape)), spoilt, axis=axis).data
+            except IndexError:
+                yield np.array(1)
 
 
 def optimizer():

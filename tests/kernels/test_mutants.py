@@ -16,7 +16,7 @@ from tests.kernels.mutation import bodies, operators, unnoticed
 
 #: What is run against the kernels of a module. Texts that several families share come last.
 CHECKS = {
-    "cpu.elementwise": ["elementwise"],
+    "cpu.elementwise": ["elementwise", "pointwise"],
     "cpu.bias": ["bias"],
     "cpu.dropout": ["dropout"],
     "cpu.embedding": ["embedding"],
@@ -26,6 +26,10 @@ CHECKS = {
     "cpu.norm": ["norm"],
     "cpu.batch_norm": ["batch_norm"],
     "cpu.reduce": ["reduce"],
+    "cpu.reductions": ["reductions"],
+    "cpu.losses": ["pointwise"],
+    "cpu.select": ["select"],
+    "cpu.gather": ["gather"],
     "cpu.optimizer": ["optimizer"],
     "cpu.gemm": ["gemm", "linear"],
     "cpu.linear": ["linear"],
@@ -61,6 +65,11 @@ EQUAL: dict[str, dict[str, str]] = {
             ("optimizer._blocks0 optimizer._blocks1", "p.size", "BLOCK"),
             ("optimizer._blocks2 optimizer._blocks3", "p.size", "BLOCK"),
             ("reduce._scale_blocks", "a.size", "BLOCK"),
+            ("reductions._tiles", "inner", "WIDTH"),
+            ("reductions._spread_rows", "x.shape[1]", "piece"),
+            ("reductions._spread_tiles", "x.shape[1]", "ROWS"),
+            ("elementwise._blocks4 select._blocks", "out.size", "BLOCK"),
+            ("losses._slopes1 losses._slopes2 losses._slopes3", "out.size", "BLOCK"),
             ("dropout._dropout", "y.size", "SPAN"),
             ("embedding._sum", "columns", "WIDTH"),
             ("bias._forward dropout._forward norm._forward linear._forward_large", "rows", "per"),
@@ -107,6 +116,8 @@ EQUAL: dict[str, dict[str, str]] = {
     "cpu.embedding._boundary": {
         "2 * starts[middle] -> 2 + starts[middle]": DIVISION,
     },
+    "cpu.reductions._moments_tile": {f"b - a -> b + a ({k})": ROOM for k in (1, 2, 3)},
+    "cpu.reductions._log_sum_exp_tile": {f"b - a -> b + a ({k})": ROOM for k in (1, 2)},
     "cpu.softmax.statistics": {
         "base + T(MARGIN) -> base - T(MARGIN)": "sums are scaled anew more often",
     },

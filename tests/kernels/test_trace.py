@@ -31,9 +31,10 @@ def test_every_formula_of_the_library(name):
     count = len(inspect.signature(formula).parameters) - 1
     for x in (-30.0, -1.3, -0.0, 0.0, 0.4, 2.5, 50.0):
         args = [np.float64(x + 0.37 * i) for i in range(count)]
-        want = formula(NUMPY, *args)
-        got = run(formula_text(formula, "f"), "f", *args)
-        assert np.array_equal(got, want), (name, x)
+        with np.errstate(invalid="ignore"):  # logarithms of what is below zero
+            want = formula(NUMPY, *args)
+            got = run(formula_text(formula, "f"), "f", *args)
+        assert np.array_equal(got, want, equal_nan=True), (name, x)
 
 
 def test_what_is_computed_twice_is_written_once():

@@ -392,7 +392,7 @@ def test_an_optimiser_that_is_gone() -> None:
     del optimizer
     gc.collect()
     with gg.no_grad():
-        net.weight *= 3.0
+        net.weight.data *= 3.0
     average.update_parameters(net)
     want = net.weight.detach().numpy() * (1 + 1 / 3) / 2
     np.testing.assert_allclose(average.module.weight.detach().numpy(), want, rtol=1e-6)

@@ -140,3 +140,21 @@ def test_loops_are_vectorised(activation):
         np.zeros(2),
     )
     assert packed(text) >= 4
+
+
+@pytest.mark.parametrize("mode", ["off", "require"])
+def test_the_gradient_of_a_bias_is_written_where_it_belongs(mode) -> None:
+    rng = np.random.default_rng(0)
+    g, x = (rng.standard_normal((40, 30)).astype("float32") for _ in range(2))
+    bias = gg.tensor(rng.standard_normal(30).astype("float32"), requires_grad=True)
+    optimizer = gg.optim.SGD([bias])
+    with gg.use_kernels(mode):
+        home = np.full(30, 9, "float32")
+        _, plain = bias_activation_backward(NUMPY, g, x, bias.data, "tanh")
+        _, there = bias_activation_backward(NUMPY, g, x, bias.data, "tanh", bias_home=home)
+        assert there is home
+        assert np.array_equal(home, plain)
+        gg.bias_activation(gg.tensor(x), bias, activation="tanh").backward(gg.tensor(g))
+    (arena,) = optimizer.arenas
+    assert bias.grad.data is arena.places[0].lent()
+    assert np.array_equal(arena.g.flat[:30], plain)

@@ -107,6 +107,8 @@ def test_loops_are_vectorised():
     assert packed(assembly(pooling._four["float32"], *a[:5], w, 64)) > 4
     assert packed(assembly(pooling._compare["float32"], a[0], a[1], w, np.int8(1), 64)) > 2
     assert packed(assembly(pooling._add["float32"], a[0], a[1], 64)) > 2
+    assert packed(assembly(pooling._mean_of_four["float32"], *a[:5], np.float32(4), 64)) > 3
+    assert packed(assembly(pooling._share_of_four["float32"], *a[:5], np.float32(4), 64)) > 0
     # Selected, not computed: moved in vectors under a mask.
     text = assembly(pooling._put_four["float32"], a[0], w, *a[1:5], 64)
     assert any(word in text for word in ("vmovups", "stp\tq", "vmovaps", "vblendvps"))

@@ -114,6 +114,26 @@ def check_bias(activation, storage, put=same, get=same, shape=(5, 13), shift=0):
     )
     assert bad.tolist() == [0]
 
+    home = put(np.full(columns, 9, DTYPES[storage]))
+    run = bias.KERNELS["bias_activation_backward"].run
+    same_gx, there = run(numpy, put(g), put(x), put(b), activation, bias_home=home)
+    assert there is home
+    assert np.array_equal(get(there), got_gb) and np.array_equal(get(same_gx), got_gx)
+
+
+def check_rows(storage, put=same, get=same, shape=(5, 13), shift=0):
+    """Sums over all axes but the last, into memory that is given or not."""
+    kernel = bias.KERNELS["sum_over_rows"]
+    g = inputs(storage, int(np.prod(shape)), 0, shift).reshape(shape)
+    over = tuple(range(len(shape) - 1))
+    home = put(np.full(shape[-1:], 9, DTYPES[storage]))
+    for there in (None, home):
+        assert kernel.refuse(numpy, put(g), shape[-1:], there) is None
+        got = kernel.run(numpy, put(g), shape[-1:], there)
+        assert there is None or got is there
+        assert got.dtype == g.dtype
+        close(get(got), wide(g).sum(over), storage, sizes(g).sum(over))
+
 
 def check_bias_counts(put=same, get=same):
     """Elements of the gradient that are not finite are counted, and spoil what they should."""

@@ -9,7 +9,14 @@ from gpugrad.kernels.cuda import launch, norm_launch, softmax
 from gpugrad.kernels.cuda.elementwise import map_of
 from gpugrad.kernels.cuda.language import Int, Values, cuda, kernel, shuffle
 from gpugrad.kernels.template import T
-from tests.kernels.cuda import checks, norm_checks, optimizer_checks, rows, softmax_checks
+from tests.kernels.cuda import (
+    checks,
+    moments_checks,
+    norm_checks,
+    optimizer_checks,
+    rows,
+    softmax_checks,
+)
 from tests.kernels.cuda.checks import DTYPES
 from tests.kernels.cuda.coroutines import QuickGpu
 
@@ -44,6 +51,12 @@ def test_maps(name, storage):
 )
 def test_bias_and_activation(activation, storage, shape):
     checks.check_bias(activation, storage, shape=shape)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float64"])
+def test_sums_over_rows(storage):
+    for shape in ((5, 13), (2, 40, 33), (0, 3), (3, 0), (7,), (512, 1)):
+        checks.check_rows(storage, shape=shape, shift=1)
 
 
 @pytest.mark.parametrize("storage", DTYPES)
@@ -112,6 +125,13 @@ def test_steps(storage, machine):
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "zero"])
 def test_trouble(nonfinite):
     optimizer_checks.check_trouble(optimizer_checks.ADAMW, "float32", nonfinite)
+
+
+@pytest.mark.parametrize("storage", DTYPES)
+def test_moments(storage):
+    moments_checks.check_parts(storage)
+    moments_checks.check_range(storage)
+    moments_checks.check_digits(storage)
 
 
 # -- the machine ----------------------------------------------------------------------------------

@@ -274,6 +274,19 @@ def test_statistics_ride_along(driver):
     ]  # fmt: skip
 
 
+def test_a_sum_over_rows_is_one_launch_where_it_is_wanted(driver):
+    g, home = FakeArray((4, 128, 10), "float32"), FakeArray(10, "float32", address=0x2000)
+    kernel = bias.KERNELS["sum_over_rows"]
+    assert kernel.refuse(None, g, (10,), home) is None
+    assert kernel.run(None, g, (10,), home) is home
+    ((name, blocks, _, arguments),) = driver.launched
+    assert (name, blocks) == ("bias_total_kernel_float32", (1,))
+    assert arguments[0] is g and arguments[1] is home
+    assert "more than 512 rows" in kernel.refuse(None, FakeArray((513, 10), "float32"), (10,))
+    assert "float16" in kernel.refuse(None, FakeArray((5, 10), "float16"), (10,))
+    assert "(2, 10)" in kernel.refuse(None, FakeArray((3, 2, 10), "float32"), (2, 10))
+
+
 # -- what is refused ------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from gpugrad.kernels.template import T
 from tests.kernels.cuda import (
     attention_checks,
     checks,
+    moments_checks,
     norm_checks,
     optimizer_checks,
     recurrent_checks,
@@ -148,6 +149,16 @@ def optimizer(machine):
     optimizer_checks.check_trouble(("rmsprop", (True, True, True)), "float32", "skip")
 
 
+def moments(machine):
+    moments_checks.check_digits("float32")
+    moments_checks.check_parts("float32")
+    moments_checks.check_whole("float32", 2200)
+    moments_checks.check_range("float32")
+    moments_checks.check_range("float64")
+    machine.threads = 64
+    moments_checks.check_parts("float32")
+
+
 def recurrent(machine):
     machine.threads = 32
     for kind in recurrent_checks.LAYERS:
@@ -185,6 +196,7 @@ CHECKS = {
     "blockwide": reduce,
     "gradient": gradients,
     "optimizer": optimizer,
+    "moments": moments,
     "recurrent": recurrent,
     "language": packs,
     "attention": attention,
@@ -256,6 +268,12 @@ EQUAL: dict[str, dict[str, str]] = {
     "blockwide._in_block": LANE,
     "gradient.measure_kernel": WRITER,
     "gradient.norm_total_kernel": WRITER,
+    "moments._in_block": LANE,
+    "moments.moments_kernel": {
+        **WRITER,
+        "start & LANES - 1 -> start | LANES - 1": "elements of a pack may be read one by one",
+    },
+    "moments.moments_total_kernel": WRITER,
     "optimizer.decide": {
         **WRITER,
         "mode & SCALES -> mode | SCALES (3)": "without a bound nobody reads what is written there",
