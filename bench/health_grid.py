@@ -1,7 +1,7 @@
 """Verdicts and remedies on a grid of nets, against what is measured when they are trained.
 
-``python bench/health_grid.py [--quick] [--cases N] [--minutes M] [--seed S] [--out PATH]``. Also
-measures the depth scales of wide tanh nets and compares them with theory.
+``python bench/health_grid.py [--quick] [--cases N] [--minutes M] [--seed S …] [--jobs J]
+[--out PATH]``. Also measures the depth scales of wide tanh nets and compares them with theory.
 
 What counts as the truth is said in one place, `truth`; it does not look at verdicts.
 """
@@ -12,12 +12,15 @@ import argparse
 import copy
 import json
 import math
+import platform
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -154,6 +157,11 @@ class Truth:
     chance: float
     sick: bool
 
+    @property
+    def trained(self) -> bool:
+        """Whether the loss came down, if the net was trained at all."""
+        return self.end is not None and self.end < 0.9 * self.chance
+
 
 def truth(
     model: nn.Module,
@@ -234,7 +242,11 @@ def _norm(layer: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Verdicts on a net before it was trained, and after, and the truth."""
+    """Verdicts on a net before it was trained, and after, and the truth.
+
+    `glance` is whether one look without a rehearsal finds it healthy, `monitored` the verdict on
+    its training, and `passed` the kind of what that says had been extreme at the start only.
+    """
 
     case: Case
     truth: Truth
@@ -242,6 +254,7 @@ class Outcome:
     healthy: bool
     glance: bool
     monitored: str | None
+    passed: str | None
     remedy: str | None
     cured: bool | None
     text: str
@@ -260,14 +273,18 @@ def examine(case: Case, *, remedies: bool = True, monitored: bool = False) -> Ou
     batch = data[0][:BATCH], data[1][:BATCH]
     model = net(case)
     with np.errstate(all="ignore"):
-        found = diagnose(model, batch, try_remedies=remedies)
+        found = diagnose(model, batch, try_remedies=remedies, batches=EXAMPLES // BATCH)
         glance = (
             diagnose(model, batch, steps=0).verdict.healthy if monitored else found.verdict.healthy
         )
         trained = copy.deepcopy(model)
         monitor = Monitor(trained, every=5) if monitored else None
         real = truth(trained, data, watched=monitor)
-        kind = None if monitor is None else judge(monitor.record, chance=real.chance).kind
+        kind, passed = None, None
+        if monitor is not None:
+            watched = judge(monitor.record, chance=real.chance)
+            kind = watched.kind
+            passed = next((f.kind for f in watched.findings if f.until is not None), None)
         remedy, cured = None, None
         if remedies and real.sick and not found.verdict.healthy:
             remedy, cured = cure(model, found, data, batch)
@@ -279,6 +296,7 @@ def examine(case: Case, *, remedies: bool = True, monitored: bool = False) -> Ou
         healthy=verdict.healthy,
         glance=glance,
         monitored=kind,
+        passed=passed,
         remedy=remedy,
         cured=cured,
         text=verdict.findings[0].text,
@@ -317,6 +335,11 @@ def cases(seed: int = 0) -> list[Case]:
     return deep + recurrent
 
 
+def _in_time(case: Case, *, end: float, remedies: bool) -> Outcome | None:
+    """What becomes of a case, if it begins before the end."""
+    return None if time.time() > end else examine(case, remedies=remedies, monitored=True)
+
+
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Counts: how often verdicts were right, and remedies helped."""
 
@@ -330,10 +353,22 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "right": sum(o.right for o in outcomes),
         "false alarms": sum(not o.healthy and not o.truth.sick for o in outcomes),
         "missed": sum(o.healthy and o.truth.sick for o in outcomes),
+        "confusion": {
+            truth: {
+                called: sum(o.truth.sick is sick and o.healthy is healthy for o in outcomes)
+                for called, healthy in (("called sick", False), ("called healthy", True))
+            }
+            for truth, sick in (("sick", True), ("healthy", False))
+        },
         "one look right": sum(o.glance is not o.truth.sick for o in outcomes),
         "one look false alarms": sum(not o.glance and not o.truth.sick for o in outcomes),
         "monitored right": share((o.monitored == "healthy") is not o.truth.sick
                                  for o in outcomes if o.monitored),
+        "monitored right, or told of the start": share(
+            (o.monitored == "healthy" and o.passed is None) is not o.truth.sick
+            for o in outcomes if o.monitored),
+        "monitored right about the training": share(
+            (o.monitored == "healthy") is o.truth.trained for o in outcomes if o.monitored),
         "monitored false alarms": sum(
             o.monitored not in (None, "healthy") and not o.truth.sick for o in outcomes),
         "cured": share(o.cured for o in outcomes if o.cured is not None),
@@ -454,32 +489,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="60 cases of little depth")
     parser.add_argument("--cases", type=int, help="how many, drawn by chance; default all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no case after them")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run cases")
     parser.add_argument("--no-remedies", action="store_true")
     parser.add_argument("--no-scales", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    chosen = cases(options.seed)
-    random.Random(options.seed).shuffle(chosen)
+    grids = [cases(seed) for seed in options.seed]
+    for seed, grid in zip(options.seed, grids):
+        random.Random(seed).shuffle(grid)
+    chosen = [case for row in zip(*grids) for case in row]
     if options.quick:
         chosen = [case for case in chosen if case.depth <= 20][:60]
     chosen = chosen[: options.cases]
-    outcomes = []
-    began = time.monotonic()
-    for i, case in enumerate(chosen, 1):
-        if time.monotonic() - began > 60 * options.minutes:
-            break
-        outcome = examine(case, remedies=not options.no_remedies, monitored=True)
-        outcomes.append(outcome)
-        if not outcome.right or outcome.cured is False:
-            print(
-                f"[{i}] {case}: truth {asdict(outcome.truth)}; verdict {outcome.kind}: "
-                f"{outcome.text}; {outcome.remedy} cured {outcome.cured}",
-                flush=True,
-            )
+    run = partial(
+        _in_time, end=time.time() + 60 * options.minutes, remedies=not options.no_remedies
+    )
+    outcomes: list[Outcome] = []
+    misses: list[str] = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(run, chosen):
+            if outcome is None:
+                continue
+            outcomes.append(outcome)
+            if not outcome.right or outcome.cured is False:
+                misses.append(
+                    f"{outcome.case}, seed {outcome.case.seed}: truth {asdict(outcome.truth)}; "
+                    f"verdict {outcome.kind}: {outcome.text}; remedy {outcome.remedy}, "
+                    f"cured {outcome.cured}"
+                )
+                print(misses[-1], flush=True)
     found = summary(outcomes)
     for name, value in found.items():
-        print(f"{name:24} {value}")
+        print(f"{name:38} {value}")
     wide = []
     if not options.no_scales:
         size = {"width": 800, "depth": 20, "seeds": 2} if options.quick else \
@@ -496,7 +538,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"σ_w {sigma_w}, σ_b {sigma_b}: {', '.join(texts)}", flush=True)
     if options.out:
         report = {
+            "date": date.today().isoformat(),
+            "versions": {
+                "gpugrad": gg.__version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "machine": platform.machine(),
+            },
+            "seeds": options.seed,
             "summary": found,
+            "misses": misses,
             "scales": wide,
             "truth": truth.__doc__,
             "outcomes": [asdict(o) for o in outcomes],

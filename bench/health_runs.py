@@ -118,7 +118,6 @@ RUNS = (
     )),
     Run("non-finite", "digits --width 64 --epochs 10 --depth 10 --gain 1.3 --optimizer sgd "
         "--lr 0.1 --clip 0", (
-        Change("loss-scale", "--dtype float64", helps=False),
         Change("clip", "--clip 1"),
         Change("learning-rate", "--lr 0.01"),
     )),
@@ -137,6 +136,7 @@ RUNS = (
         (
         Change("initialise", "--gain 1"),
         Change("gating", "--model gru"),
+        Change("clip", "--clip 100", helps=False),
         Change("learning-rate", "--lr 0.0002", helps=False),
     )),
     Run("stalled", "digits --width 64 --epochs 10 --depth 6 --activation sigmoid --optimizer sgd "
@@ -144,6 +144,21 @@ RUNS = (
         Change("residual", "--residual --norm"),
         Change("layer-norm", "--norm", helps=False),
         Change("activation", "--activation relu"),
+    )),
+    Run("stalled", "digits --width 64 --epochs 10 --depth 2 --optimizer sgd --lr 1e-7 "
+        "--health-every 5", (
+        Change("longer-steps", "--lr 0.01"),
+    )),
+    Run("exploding", "digits --width 64 --epochs 10 --depth 20 --activation tanh --gain 3 --clip 0 "
+        "--health-every 5", (
+        Change("initialise", "--gain 0.6"),
+    )),
+    Run("saturated", "digits --width 64 --epochs 10 --depth 2 --activation tanh --gain 100 "
+        "--health-every 5", (
+        Change("initialise", "--gain 0.6"),
+    )),
+    Run("stalled", "digits --width 64 --epochs 10 --depth 50 --activation tanh --health-every 5", (
+        Change("residual", "--residual --norm"),
     )),
     Run("healthy", f"{RECALL} --model rnn --width 64 --context 64 --epochs 20 --lr 0.005", (
         # Twenty-one of twenty-three characters need no memory.

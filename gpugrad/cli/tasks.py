@@ -44,6 +44,10 @@ class Task(Protocol):
     name: str
     unit: str
 
+    @property
+    def answers(self) -> int:
+        """How many answers there are to choose from."""
+
     def net(self, config: Config) -> nn.Module:
         """The net that learns them, newly initialised."""
 
@@ -78,6 +82,10 @@ class Classes:
 
     def __repr__(self) -> str:
         return repr(self.data)
+
+    @property
+    def answers(self) -> int:
+        return self.data.classes
 
     def net(self, config: Config) -> nn.Module:
         shape, classes = self.data.feature_shape, self.data.classes
@@ -184,6 +192,10 @@ class NextToken:
             f"{text.source}: {len(text.train):,} tokens to train on, {len(text.validation):,} to "
             f"validate with, {len(text.vocabulary)} different ones"
         )
+
+    @property
+    def answers(self) -> int:
+        return len(self.text.vocabulary)
 
     def net(self, config: Config) -> nn.Module:
         size = len(self.text.vocabulary)

@@ -206,8 +206,9 @@ class Run:
             yield
             return
         self.monitor = health.Monitor(
-            self.net, self.optimizer, every=self.config.health_every, path=self.folder / HEALTH
-        )
+            self.net, self.optimizer, every=self.config.health_every, path=self.folder / HEALTH,
+            chance=math.log(max(2, self.task.answers)),
+        )  # fmt: skip
         self.monitor.start(after=self.epoch * self.steps + self.step)
         try:
             yield

@@ -84,6 +84,9 @@ class Monitor:
     path:
         A file to write the record to, row by row as they come; read it with `Record.load`. What is
         there is replaced.
+    chance:
+        The loss of the best constant answer, such as the logarithm of the number of classes: a run
+        that ends no better has not learnt. Without it, a loss is compared with its start alone.
     memory:
         Bytes of the record, see `Record`.
 
@@ -122,6 +125,7 @@ class Monitor:
         *,
         every: int | None = None,
         path: str | os.PathLike[str] | None = None,
+        chance: float | None = None,
         memory: int = MEMORY,
     ) -> None:
         if every is not None and (isinstance(every, bool) or int(every) != every or every < 1):
@@ -145,6 +149,7 @@ class Monitor:
         self._schedule = _Schedule(every)
         self._path = path
         self._memory = memory
+        self._chance = chance
         self._probe = Probe(model)
         self._record: Record | None = None
         self._writer: Writer | None = None
@@ -353,7 +358,16 @@ class Monitor:
                     return found, True
             except (RecordError, OSError):
                 pass  # there is none, and it begins here
-        return Record(names, kinds, memory=self._memory), False
+        frozen = {
+            x.path
+            for x in layers
+            if x.parameters and not any(p.requires_grad for p in x.parameters)
+        }
+        made = Record(
+            names, kinds, frozen=frozen, chance=self._chance, narrow=self._probe.narrow,
+            memory=self._memory,
+        )  # fmt: skip
+        return made, False
 
 
 class _Schedule:

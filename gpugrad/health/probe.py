@@ -124,6 +124,7 @@ class Probe:
         self.layers = layers_of(model)
         self.pieces: list[Piece] = []
         self.settled = False
+        self.narrow = False  # whether an output had elements of two bytes
         self._place = {id(layer.module): i for i, layer in enumerate(self.layers)}
         self._called: dict[int, None] = {}  # numbers of layers in the order of their calls
         self._handles: list[Any] = []
@@ -152,6 +153,7 @@ class Probe:
         y = _first_tensor(out)
         if y is None or not is_grad_enabled() or y.dtype.kind in "biuc":
             return
+        self.narrow |= y.dtype.itemsize < 4
         x = y.data
         m: Backend = SPACES[type(x)]
         low, high, dies = _activation(module, y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
@@ -53,6 +53,10 @@ FIRST, FEWEST = 8, 32
 JUMP = 10.0
 
 
+#: What a header may tell besides.
+_MORE = ("frozen", "chance", "narrow")
+
+
 class Record:
     """Statistics of the layers of a model over the steps of its training.
 
@@ -62,6 +66,12 @@ class Record:
         Paths of the layers, in the order of the forward pass.
     kinds:
         Their class names.
+    frozen:
+        Paths of those layers whose parameters are not trained, on purpose.
+    chance:
+        The loss of the best constant answer, None where that is not known.
+    narrow:
+        Whether something is computed in float16 or bfloat16, None where that is not known.
     memory:
         Bytes that the rows may take. When they are full, every other row goes, and from then on
         every other row is kept: the steps that remain are spread evenly over the whole run. The
@@ -84,10 +94,20 @@ class Record:
     """
 
     def __init__(
-        self, layers: Sequence[str], kinds: Sequence[str] | None = None, *, memory: int = MEMORY
+        self,
+        layers: Sequence[str],
+        kinds: Sequence[str] | None = None,
+        *,
+        frozen: Collection[str] = (),
+        chance: float | None = None,
+        narrow: bool | None = None,
+        memory: int = MEMORY,
     ) -> None:
         self.layers = list(layers)
         self.kinds = [""] * len(self.layers) if kinds is None else list(kinds)
+        self.frozen = [path for path in self.layers if path in frozen]
+        self.chance = chance
+        self.narrow = narrow
         if len(self.kinds) != len(self.layers):
             raise RecordError(
                 f"Record: {len(self.layers)} layers and {len(self.kinds)} kinds; give one class "
@@ -241,7 +261,10 @@ class Record:
         Raises RecordError as `load` does.
         """
         old = cls.load(path)
-        record = cls(old.layers, old.kinds, memory=memory)
+        record = cls(
+            old.layers, old.kinds, frozen=old.frozen, chance=old.chance, narrow=old.narrow,
+            memory=memory,
+        )  # fmt: skip
         draft = Path(f"{os.fspath(path)}.part")
         with draft.open("w", encoding="utf-8") as file:
             file.write(old._header())
@@ -261,7 +284,8 @@ class Record:
         with Path(path).open(encoding="utf-8", errors="replace") as file:
             lines = iter(file)
             header = _header(next(lines, ""), str(path))
-            record = cls(header["layers"], header["kinds"], memory=memory)
+            told = {key: header[key] for key in _MORE if key in header}
+            record = cls(header["layers"], header["kinds"], **told, memory=memory)
             for step, row in record._read(lines, str(path)):
                 record._append(step, row)
         return record
@@ -286,7 +310,8 @@ class Record:
 
     def _header(self) -> str:
         head = {"format": FORMAT, "version": VERSION, "layers": self.layers, "kinds": self.kinds}
-        return json.dumps(head) + "\n"
+        more = {key: value for key in _MORE if (value := getattr(self, key)) not in (None, [])}
+        return json.dumps({**head, **more}) + "\n"
 
     def _line(self, step: int, row: NDArray[np.float32]) -> str:
         many = len(self.layers)

@@ -1,4 +1,4 @@
-"""A few training steps on one batch, made on a copy: does the loss come down?"""
+"""A few training steps on a copy, on examples like those of a batch: does the loss come down?"""
 
 from __future__ import annotations
 
@@ -12,28 +12,35 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gpugrad import ops
 from gpugrad.backend import SPACES
 from gpugrad.core.conversion import tensor
-from gpugrad.core.modes import enable_grad
+from gpugrad.core.modes import enable_grad, no_grad
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.health.errors import HealthError
-from gpugrad.health.verdict import FEW
+from gpugrad.health.verdict import FEW, LEARNT
 from gpugrad.nn import functional as F
 from gpugrad.nn.module import Module
-from gpugrad.nn.random import default_generator
+from gpugrad.nn.random import Generator, default_generator
 
-__all__ = ["Batch", "Loss", "Rehearsal", "copied", "rehearse"]
+__all__ = ["Batch", "Loss", "Make", "Rehearsal", "copied", "rehearse"]
 
 Net = TypeVar("Net", bound=Module)
 
 #: Takes what the model returned and the targets.
 Loss = Callable[[Any, Any], Tensor]
 
+#: Makes an optimiser of parameters.
+Make = Callable[[list[Parameter]], Any]
+
 #: Steps after which most nets that learn at all have begun to.
 STEPS = 300
-#: The share of the best constant answer's loss that a net has to come below: a single batch is
-#: easier to learn than all of the data.
-BEATEN = 0.8
+#: Training meets other examples than those of one batch, which any net can learn by heart. So those
+#: of the other batches are made up: near the batch's, but with this share of the variance of inputs
+#: drawn anew. Mean and variance of every input stay what they are.
+DRAWN = 0.5
+#: Of how many batches an epoch is, if nobody says.
+BATCHES = 4
 #: From this share of the best constant answer's loss on it is certain that a net learns.
 SURELY_LEARNT = 0.5
 
@@ -60,17 +67,20 @@ class Batch:
         self.loss: Loss = loss or (_cross_entropy if whole else _squared_error)
         self.chance = self._chance(whole) if loss is None else None
 
-    def run(self, model: Module) -> Tensor:
-        """The loss, a tensor with its graph."""
-        with enable_grad():
-            return self.loss(model(*self.inputs), self.targets)
+    def run_backward(self, model: Module, inputs: Sequence[Any] | None = None) -> Tensor:
+        """The loss; gradients are left on the parameters, if the loss depends on any.
 
-    def run_backward(self, model: Module) -> Tensor:
-        """The loss; gradients are left on the parameters, if the loss depends on any."""
-        value = self.run(model)
+        Of the batch's inputs, or of others in their place.
+        """
+        with enable_grad():
+            value = self.loss(model(*(inputs or self.inputs)), self.targets)
         if value.requires_grad:
             value.backward()
         return value.detach()
+
+    def like(self, generator: Generator) -> list[Any]:
+        """Other inputs for the same targets; whole numbers, and what has no examples, stay."""
+        return [_redrawn(x, generator) for x in self.inputs]
 
     def _chance(self, whole: bool) -> float | None:
         targets = self.targets.detach().numpy()
@@ -92,6 +102,18 @@ def _as_tensor(model: Module, x: Any) -> Any:
     return tensor(x, dtype=dtype, device=p.device)
 
 
+def _redrawn(x: Any, generator: Generator) -> Any:
+    """Examples with `DRAWN` of the variance that they have, place by place, drawn anew."""
+    if not isinstance(x, Tensor) or x.dtype.kind != "f" or not x.ndim or x.shape[0] < 2:
+        return x
+    noise = tensor(generator.normal(x.shape), dtype=x.dtype, device=x.device)
+    with no_grad():
+        middle = ops.mean(x.detach(), axis=0, keepdims=True)
+        apart = x.detach() - middle
+        deviation = ops.sqrt(ops.mean(apart * apart, axis=0, keepdims=True))
+        return middle + math.sqrt(1 - DRAWN) * apart + math.sqrt(DRAWN) * deviation * noise
+
+
 def _first(output: Any) -> Any:
     while isinstance(output, tuple | list):
         output = output[0]
@@ -110,9 +132,13 @@ def _squared_error(output: Any, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def copied(model: Net) -> Iterator[Net]:
-    """A copy of a model, in training mode and without gradients; the random state is restored."""
+def copied(model: Net, seed: int = 0) -> Iterator[Net]:
+    """A copy of a model, in training mode and without gradients.
+
+    Random numbers, such as those of dropout, begin at `seed`; their state is restored afterwards.
+    """
     state = default_generator.state
+    default_generator.manual_seed(seed)
     try:
         try:
             twin = copy.deepcopy(model)
@@ -130,7 +156,7 @@ def copied(model: Net) -> Iterator[Net]:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What became of a copy that was trained on the one batch.
+    """What became of a copy that was trained on examples near those of the batch.
 
     Attributes
     ----------
@@ -139,7 +165,7 @@ class Rehearsal:
     norms:
         Of all gradients together, before clipping.
     lr, clip:
-        The learning rate of Adam, and the norm that gradients were clipped at.
+        The learning rate, and the norm that gradients were clipped at.
     chance:
         The loss of the best constant answer, if known.
     """
@@ -157,13 +183,28 @@ class Rehearsal:
 
     @property
     def end(self) -> float:
-        """The mean of the last tenth; NaN if one of these is not finite."""
-        return float(self.losses[-max(1, len(self.losses) // 10) :].mean())
+        """The mean of the last 20, and of half of fewer; NaN if one of these is not finite."""
+        return float(self.losses[-min(FEW, (len(self.losses) + 1) // 2) :].mean())
 
     @property
     def goal(self) -> float:
         """What the loss has to stay below for the net to learn anything."""
-        return BEATEN * (self.start if self.chance is None else self.chance)
+        return LEARNT * (self.start if self.chance is None else self.chance)
+
+    @property
+    def surely(self) -> float:
+        """Below this loss it is certain that the net learns."""
+        return SURELY_LEARNT / LEARNT * self.goal
+
+    def decides(self, steps: int) -> bool:
+        """Whether another draw of examples would hardly say otherwise.
+
+        The net surely learns, in half of the steps that it has, or it is as far from the goal on
+        the other side.
+        """
+        if self.end < self.surely:
+            return 2 * len(self.losses) <= steps
+        return not self.end < self.goal**2 / self.surely
 
     @property
     def learnt(self) -> bool:
@@ -182,8 +223,16 @@ def rehearse(
     steps: int = STEPS,
     lr: float = 1e-3,
     clip: float | None = None,
+    slower: float = 1.0,
+    make: Make | None = None,
+    batches: int = BATCHES,
+    seed: int = 0,
 ) -> Rehearsal:
-    """Train a model on one batch with Adam, and say what became of the loss. Changes the model.
+    """Train a model on examples near those of a batch, and say what became of the loss.
+
+    Changes the model. The batch and others that are made up, see `DRAWN`, take turns as those of an
+    epoch do. A net has learnt if the mean of the last losses is below `LEARNT` times that of the
+    best constant answer: the same that is asked of a real run.
 
     It ends when the model surely learns, or its loss is not finite any more.
 
@@ -195,28 +244,56 @@ def rehearse(
         Of Adam; Kingma and Ba, arXiv:1412.6980.
     clip:
         Scale gradients to this norm if theirs is greater.
+    slower:
+        A factor on the learning rate.
+    make:
+        Makes the optimiser to use in place of Adam.
+    batches:
+        Of an epoch.
+    seed:
+        Of the random numbers that examples are made of.
     """
-    adam = _Adam([p for p in model.parameters() if p.requires_grad], lr, clip)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: _Adam | _Theirs = (
+        _Adam(parameters, lr * slower, clip) if make is None
+        else _Theirs(make(parameters), slower, clip)
+    )  # fmt: skip
+    drawn = Generator(seed)
     losses: list[Any] = []
     numbers: list[float] = []
 
     def result() -> Rehearsal:
         # The host reads now and then, not at every step.
         numbers.extend(float(x.item()) for x in losses[len(numbers) :])
-        norms = np.array([float(x) for x in adam.norms], np.float64)
-        return Rehearsal(np.array(numbers, np.float64), norms, lr, clip, batch.chance)
+        norms = np.array([float(x) for x in optimizer.norms], np.float64)
+        return Rehearsal(np.array(numbers, np.float64), norms, optimizer.lr, clip, batch.chance)
 
     while True:
         model.zero_grad()
-        losses.append(batch.run_backward(model))
-        adam.step()
+        turn = len(losses) % batches
+        drawn.state = seed, turn * len(batch.inputs)
+        losses.append(batch.run_backward(model, batch.like(drawn) if turn else None))
+        optimizer.step()
         n = len(losses)
         if n < steps and n % FEW:
             continue
         so_far = result()
-        sure = SURELY_LEARNT / BEATEN * so_far.goal
-        if n >= steps or so_far.end < sure or not math.isfinite(so_far.end):
+        if n >= steps or so_far.end < so_far.surely or not math.isfinite(so_far.end):
             return so_far
+
+
+class _Theirs:
+    """An optimiser that is given."""
+
+    def __init__(self, optimizer: Any, slower: float, clip: float | None) -> None:
+        self.optimizer, self.clip = optimizer, clip
+        self.norms: list[Any] = []
+        for group in optimizer.param_groups:
+            group["lr"] *= slower
+        self.lr = float(optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        self.optimizer.step(**({} if self.clip is None else {"clip": self.clip}))
 
 
 class _Adam:

@@ -64,7 +64,8 @@ class Remedy:
 _TABLE = (
     Remedy(
         "initialise",
-        {"exploding": 1, "vanishing": 2, "saturated": 1, "dead": 1, "diverging": 2, "stalled": 2},
+        {"exploding": 1, "vanishing": 2, "saturated": 1, "dead": 1, "diverging": 2, "stalled": 2,
+         "non-finite": 4, "clip-starved": 2},
         "initialise anew: orthogonal weights scaled so that every layer's output has variance 1 "
         "(gain 1 for tanh, √2 for ReLU), biases 0",
         "the gain per layer starts at 1; Saxe et al., arXiv:1312.6120, He et al., "
@@ -73,7 +74,7 @@ _TABLE = (
     ),
     Remedy(
         "layer-norm",
-        {"exploding": 2, "vanishing": 4, "saturated": 2, "non-finite": 4, "clip-starved": 3,
+        {"exploding": 2, "vanishing": 4, "saturated": 2, "non-finite": 5, "clip-starved": 3,
          "stalled": 3, "diverging": 3, "dead": 4},
         "insert LayerNorm before the activations",
         "activations keep mean 0 and variance 1 whatever the weights do; Ba et al., "
@@ -107,7 +108,7 @@ _TABLE = (
     ),
     Remedy(
         "gating",
-        {"vanishing": 5, "exploding": 5, "stalled": 5},
+        {"vanishing": 5, "exploding": 5, "stalled": 5, "saturated": 5, "clip-starved": 4},
         "use an LSTM or a GRU in place of the plain RNN, with gates that start open",
         "the state is carried on by sums and not by products; Hochreiter and Schmidhuber (1997), "
         "Cho et al., arXiv:1406.1078",
@@ -124,7 +125,7 @@ _TABLE = (
     ),
     Remedy(
         "clip",
-        {"exploding": 4, "non-finite": 2, "diverging": 4, "clip-starved": 2},
+        {"exploding": 4, "non-finite": 2, "diverging": 4, "clip-starved": 1},
         "clip gradients at norm {norm}",
         "one step cannot leave the region where the gradient means something; Pascanu et al., "
         "arXiv:1211.5063",
@@ -132,10 +133,17 @@ _TABLE = (
     ),
     Remedy(
         "learning-rate",
-        {"diverging": 1, "clip-starved": 1, "non-finite": 3, "dead": 5, "stalled": 7},
+        {"diverging": 1, "clip-starved": 5, "non-finite": 3, "dead": 5, "stalled": 7},
         "lower the learning rate to {lr}",
         "steps that are longer than the loss is curved make it rise",
         slower=0.1,
+    ),
+    Remedy(
+        "longer-steps",
+        {"stalled": 8},
+        "raise the learning rate tenfold, and again",
+        "parameters that hardly move learn nothing",
+        slower=10.0,
     ),
     Remedy(
         "loss-scale",

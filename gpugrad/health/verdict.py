@@ -36,6 +36,10 @@ STARVED = 0.01
 LEARNT = 0.9
 #: A loss is diverging from this many times its start, or its best, on.
 RISEN = 2.0
+#: A norm of all gradients that no bound is meant for.
+LARGE = 100.0
+#: Parameters that move by a smaller share of their norm in each step stand still.
+STILL = 1e-5
 #: Rows with a loss, from which on a run can be called stalled.
 FEW = 20
 #: Findings below this confidence are suspicions, and are not shown.
@@ -44,6 +48,8 @@ SHOWN = 0.5
 CERTAIN = 0.95
 #: What makes a net stop learning; if it learns all the same, it is no trouble.
 CAUSES = frozenset(("exploding", "vanishing"))
+#: What long steps can make of a net that was sound.
+_BY_TRAINING = frozenset(("exploding", "vanishing", "dead", "saturated"))
 
 #: The smallest positive float32: what underflowed counts as this.
 TINY = 1e-45
@@ -70,6 +76,8 @@ class Finding:
         What was seen, with figures.
     remedies:
         Names in the table of remedies, best first.
+    until:
+        The recorded step at which it had passed; None if it lasts.
     """
 
     kind: str
@@ -79,6 +87,7 @@ class Finding:
     confidence: float = 1.0
     text: str = ""
     remedies: tuple[str, ...] = ()
+    until: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The finding as JSON has it."""
@@ -87,17 +96,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All findings, worst first; a single one of kind `"healthy"` if nothing is wrong."""
+    """All findings, worst first; the first is of kind `"healthy"` if nothing is wrong any more."""
 
     findings: tuple[Finding, ...]
 
     @classmethod
-    def of(cls, findings: Iterable[Finding]) -> Verdict:
-        """The verdict of what was found, which may be nothing; suspicions are left out."""
+    def of(cls, findings: Iterable[Finding], looks: int = 1) -> Verdict:
+        """The verdict of what was found, which may be nothing; suspicions are left out.
+
+        That nothing is wrong is as sure as Laplace's rule of succession makes it, after so many
+        looks at which nothing was: one step deserves 2/3, and a hundred 0.99.
+        """
         shown = [f for f in findings if f.confidence >= SHOWN]
         shown.sort(key=lambda f: (_severity(f), -f.confidence))
-        healthy = Finding("healthy", text="healthy: nothing explodes, vanishes or stands still")
-        return cls(tuple(shown) or (healthy,))
+        lasts = [f for f in shown if f.until is None]
+        passed = [f for f in shown if f.until is not None]
+        text = "healthy: nothing explodes, vanishes or stands still"
+        sure = round((looks + 1) / (looks + 2), 3)
+        return cls((*(lasts or [Finding("healthy", confidence=sure, text=text)]), *passed))
 
     @property
     def kind(self) -> str:
@@ -120,7 +136,7 @@ class Verdict:
     def __str__(self) -> str:
         lines = []
         for f in self.findings:
-            where = f", at {f.layer}" if f.layer else ""
+            where = f", at {f.layer}" if f.layer and f.until is None else ""
             when = f", since step {f.step}" if f.step is not None and f.step > 1 else ""
             lines.append(f"{f.text}{where}{when}")
             if f.remedies:
@@ -139,18 +155,19 @@ def judge(
 ) -> Verdict:
     """Say whether a model is healthy, from what was recorded of it.
 
-    What is judged is the state at the end, the last quarter of the recorded steps, so that trouble
-    that has passed is not reported. Works on a single row, and on thousands.
+    What is judged is the state at the end, the last quarter of the recorded steps: a model whose
+    trouble has passed is healthy. Gradients that were extreme at the start are told all the same,
+    in a finding that says when they recovered. Works on a single row, and on thousands.
 
     Parameters
     ----------
     record:
         At least one row. HealthError for an empty one.
     layers:
-        Look at these paths only. Name those that are trained, if some are frozen on purpose.
+        Look at these paths only.
     chance:
         The loss of the best constant answer, if it is known: a run that ends no better has not
-        learnt anything.
+        learnt anything. By default what the record says.
 
     >>> record = Record([f"{i}" for i in range(101)], ["Linear"] * 101)
     >>> record.append(1, {"gradient_norm": 1.1 ** np.arange(200, 99, -1)}, {"loss": 2.3})
@@ -159,11 +176,12 @@ def judge(
     >>> print(judge(record).findings[0].text)
     exploding: gradients ×1.1 a layer over 100 layers = 1.4e+04 (first layer against last)
     """
+    chance = record.chance if chance is None else chance
     found = suspicions(record, layers=layers, chance=chance)
     if _has_learnt(record, chance):
         found = [f for f in found if f.confidence >= CERTAIN or f.kind not in CAUSES]
         found = [f for f in found if f.kind not in ("dead", "saturated")]
-    return Verdict.of(found)
+    return Verdict.of([*found, *_passed(_View(record, layers, chance), found)], len(record))
 
 
 def _has_learnt(record: Record, chance: float | None) -> bool:
@@ -187,10 +205,25 @@ def suspicions(
     view = _View(record, layers, chance)
     with np.errstate(all="ignore"):
         found = [finding for look in _LOOKS for finding in look(view)]
-    return [
-        replace(f, remedies=tuple(r for r in f.remedies if REMEDIES[r].fits(view.kinds)))
-        for f in found
-    ]
+    return [replace(f, remedies=_fitting(f, view, record.narrow)) for f in found]
+
+
+def _fitting(f: Finding, view: _View, narrow: bool | None) -> tuple[str, ...]:
+    """The remedies of a finding that mean anything here, those first that its course points to."""
+    found = [r for r in f.remedies if REMEDIES[r].fits(view.kinds)]
+    if narrow is False:
+        found = [r for r in found if r != "loss-scale"]
+    first: list[str] = []
+    if f.step is not None and f.step > view.steps[0] and f.kind in _BY_TRAINING:
+        first = ["learning-rate", "clip"]  # the start was sound: long steps have made it so
+    if f.kind == "clip-starved" and float(_recent(view.scalars["norm"])) > LARGE:
+        first = ["initialise"]  # it is not the bound that is small
+    if f.kind == "stalled":
+        moved = [x for column in view["update_ratio"].T if (x := float(_recent(column))) == x]
+        still = bool(moved) and max(moved) < STILL
+        found = [r for r in found if still or r != "longer-steps"]
+        first = ["longer-steps"] if still else []
+    return tuple(dict.fromkeys((*first, *found)))
 
 
 def profile_findings(
@@ -260,6 +293,7 @@ class _View:
         self._values = record.values
         self.scalars = {name: x.astype(np.float64) for name, x in record.scalars.items()}
         self.chance = chance
+        self.frozen = np.isin(self.names, record.frozen)
 
     def __getitem__(self, statistic: str) -> Floats:
         """A statistic as [rows, layers], in float64."""
@@ -311,6 +345,7 @@ def _growth(view: _View) -> list[Finding]:
         final = float(_recent(ratio))
         sure = _between(math.log(final), math.log(SWOLLEN), math.log(EXTREME)) if final > 0 else 0
         if sure:
+            sure = min(sure, 0.94)  # how far they may go depends on the last layer: never certain
             growth = final ** (1 / many)
             text = (
                 f"exploding: activations ×{growth:.3g} a layer over {many} layers = {final:.2g} "
@@ -319,6 +354,29 @@ def _growth(view: _View) -> list[Finding]:
             since = _since(ratio > SWOLLEN, view.steps.tolist())
             found.append(_finding("exploding", sure, text, names[places[-1]], since, growth))
     return found
+
+
+def _passed(view: _View, found: Sequence[Finding]) -> list[Finding]:
+    """What was extreme in the first row, and no longer is in the last; `found` is what still is."""
+    weighted = view.weighted()
+    gradients = view["gradient_norm"][:, weighted]
+    known = np.flatnonzero(np.isfinite(gradients[0]))
+    if len(known) < 2:
+        return []
+    names = [view.names[i] for i in weighted]
+    with np.errstate(all="ignore"):
+        ratio = np.maximum(gradients[:, known[0]], TINY) / gradients[:, known[-1]]
+    lasting = {f.kind for f in found if f.confidence >= SHOWN}
+    past = []
+    for f in profile_findings(gradients[:1], names, steps=view.steps[:1].tolist()):
+        off = ratio > EXTREME if f.kind == "exploding" else ratio < 1 / EXTREME
+        end = int(np.flatnonzero(off)[-1]) + 1 if off.any() else len(off)
+        if f.confidence < CERTAIN or f.kind in lasting or end == len(off):
+            continue
+        until = int(view.steps[end])
+        text = f.text.replace(":", " at the start:", 1) + f"; recovered at step {until}"
+        past.append(replace(f, text=text, remedies=(), until=until))
+    return past
 
 
 def _dead(view: _View) -> list[Finding]:
@@ -346,8 +404,12 @@ def _share(view: _View, statistic: str, bound: float, text: str) -> list[Finding
 def _not_reached(view: _View) -> list[Finding]:
     gradients = view["gradient_norm"]
     owns = ~np.isnan(view["parameter_norm"]).all(axis=0)
+    if owns.any() and view.frozen[owns].all():
+        text = "not reached: all layers with parameters are frozen; there is nothing to train"
+        return [_finding("not reached", 1.0, text, None, int(view.steps[0]))]
+    owns &= ~view.frozen
     without = np.flatnonzero(owns & np.isnan(gradients).all(axis=0))
-    if not without.size or not owns.any():
+    if not without.size:
         return []
     names = ", ".join(view.names[i] for i in without[:3]) + " …" * (len(without) > 3)
     if len(without) == owns.sum():

@@ -10,6 +10,7 @@ import gpugrad as gg
 from gpugrad import nn
 from gpugrad.health.diagnosis import diagnose
 from gpugrad.health.errors import HealthError
+from gpugrad.health.surgery import Residual
 from gpugrad.models.mlp import MLP
 
 RNG = np.random.default_rng(0)
@@ -123,6 +124,51 @@ def test_the_model_is_left_as_it_was():
     assert [type(m).__name__ for m in model] == [
         "Linear", "BatchNorm1d", "Sigmoid", "Dropout", "Linear",
     ]  # fmt: skip
+
+
+def test_the_same_model_batch_and_seed_have_the_same_diagnosis():
+    gg.manual_seed(3)
+    model = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Dropout(0.2), nn.Linear(24, 4))
+
+    def losses(**options):
+        return diagnose(model, (X, Y), steps=20, **options).rehearsal.losses.tolist()
+
+    first = losses()
+    gg.default_generator.manual_seed(77)
+    assert losses() == first
+    assert losses(seed=1) != first
+
+
+def test_what_is_learnt_by_heart_is_not_learnt():
+    gg.manual_seed(44)
+    model = nn.Sequential(
+        nn.Linear(8, 24), *(Residual(nn.Linear(24, 24), nn.ReLU()) for _ in range(8)),
+        nn.Linear(24, 4),
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 2.8 / math.sqrt(module.in_features))
+    alone = diagnose(model, (X, Y), batches=1)
+    assert alone.rehearsal.learnt and alone.verdict.healthy
+    among_others = diagnose(model, (X, Y))
+    assert not among_others.rehearsal.learnt
+    assert among_others.verdict.kind == "exploding"
+
+
+def test_the_optimiser_and_the_learning_rate_are_those_of_the_training():
+    model = plain(3, nn.ReLU, 1.4)
+    assert diagnose(model, (X, Y), optimizer=lambda p: gg.optim.SGD(p, lr=0.1)).verdict.healthy
+    slow = diagnose(model, (X, Y), optimizer=lambda p: gg.optim.SGD(p, lr=1e-6), try_remedies=True)
+    assert slow.verdict.kind == "stalled"
+    assert slow.rehearsal.lr == 1e-6
+    assert diagnose(model, (X, Y), lr=1e-8).verdict.kind == "stalled"
+    fast = diagnose(
+        model, (X, Y), optimizer=lambda p: gg.optim.SGD(p, lr=1e4, momentum=0.9), try_remedies=True
+    )
+    assert not fast.verdict.healthy
+    slower = next(t for t in fast.trials if t.name == "learning-rate")
+    assert slower.rehearsal.lr == pytest.approx(1e3)
+    assert "lower the learning rate to 1000" in slower.text
 
 
 def test_losses_and_batches():

@@ -25,6 +25,7 @@ CASES = [
     Case(20, "relu", 2.5, residual=True, seed=41),
     Case(20, "gelu", 2.5, residual=True, seed=42),
     Case(30, "tanh", 4.0, seed=43),
+    Case(10, "relu", 2.5, residual=True, seed=44),
     Case(50, "tanh", 4.0, seed=51),
     Case(50, "relu", 1.0, "layer", seed=55),
     Case(100, "tanh", 2.5, seed=52),

@@ -10,7 +10,7 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import nn
-from gpugrad.health import HealthError, Monitor, Record, observe
+from gpugrad.health import HealthError, Monitor, Record, judge, observe
 from tests.backend.counting import counting
 
 ROOT = Path(__file__).parents[2]
@@ -231,6 +231,21 @@ def test_some_layers_are_frozen_or_not_reached() -> None:
     assert known.tolist() == [[False, False, True, False]] * 2
     assert (record.values["update_ratio"][:, [0, 3]] == 0).all()
     assert (record.values["update_ratio"][:, 2] > 0).all()
+
+
+def test_what_is_frozen_on_purpose_is_no_trouble_in_a_file_either(tmp_path) -> None:
+    parts = net()
+    parts[0].requires_grad_(False)
+    optimizer = gg.optim.SGD([p for p in parts.parameters() if p.requires_grad], lr=0.1)
+    path = tmp_path / "health.jsonl"
+    with Monitor(parts, optimizer, every=1, path=path) as monitor:
+        train(parts, optimizer, monitor, 2)
+    assert monitor.record.frozen == ["0"]
+    assert monitor.verdict().healthy
+    assert judge(Record.load(path)).healthy
+    # The same numbers of a record that does not know of it.
+    path.write_text(path.read_text().replace('"frozen": ["0"]', '"frozen": []'))
+    assert judge(Record.load(path)).kind == "not reached"
 
 
 def test_bad_input() -> None:

@@ -43,6 +43,17 @@ def test_rows_are_kept_as_given() -> None:
     np.testing.assert_array_equal(record.scalars["norm"], np.float32([np.nan, -np.inf]))
 
 
+def test_frozen_layers_are_in_the_header_and_older_files_have_none(tmp_path) -> None:
+    path = tmp_path / "health.jsonl"
+    record = filled([1, 2], frozen={"b", "a.0"})
+    assert record.frozen == ["a.0", "b"]
+    record.save(path)
+    assert Record.load(path).frozen == Record.resume(path, 1).frozen == ["a.0", "b"]
+    filled([1]).save(path)
+    assert '"frozen"' not in path.read_text()
+    assert Record.load(path).frozen == []
+
+
 def test_beyond_float32_is_infinite_without_a_warning() -> None:
     record = Record(["x"])
     record.append(1, {"gradient_norm": [1e300]}, {"loss": -1e300})

@@ -51,6 +51,11 @@ def test_a_run_in_order_is_healthy():
     assert judge(record(rows=1)).healthy
 
 
+def test_that_nothing_is_wrong_is_as_sure_as_it_was_looked_at():
+    sure = [judge(record(rows=n)).findings[0].confidence for n in (1, 8, 98)]
+    assert sure == [pytest.approx(x, abs=1e-3) for x in (2 / 3, 0.9, 0.99)]
+
+
 def test_the_example_of_the_textbook():
     made = Record([str(i) for i in range(101)], ["Linear"] * 101)
     made.append(1, {"gradient_norm": 1.1 ** np.arange(100, -1, -1.0)}, {})
@@ -93,8 +98,20 @@ def test_confidence_grows_with_the_figure_and_a_run_that_learns_is_believed():
     assert judged(10.0, falling).healthy
 
 
-def test_trouble_that_has_passed_is_not_reported():
-    assert judge(record(gradient_norm=lambda r: np.geomspace(1e9 if r < 5 else 1, 1, 6))).healthy
+def test_trouble_that_has_passed_is_not_the_verdict():
+    verdict = judge(record(gradient_norm=lambda r: np.geomspace(1e9 if r < 5 else 1, 1, 6)))
+    assert verdict.healthy
+    healthy, start = verdict.findings
+    assert healthy.until is None
+    assert (start.kind, start.layer, start.step, start.until) == ("exploding", "0", 1, 51)
+    assert start.confidence >= 0.95 and start.remedies == ()
+    assert start.growth == pytest.approx(1e9 ** (1 / 5), rel=1e-4)
+    assert start.text.startswith("exploding at the start: gradients ×63.1 a layer over 5 layers")
+    assert start.text.endswith("; recovered at step 51")
+    assert judge(record(gradient_norm=lambda r: np.geomspace(1e5 if r < 5 else 1, 1, 6))
+                 ).findings == judge(record()).findings  # fmt: skip
+    lasting = judge(record(gradient_norm=np.geomspace(1e9, 1, 6))).findings
+    assert [(f.kind, f.until) for f in lasting] == [("exploding", None)]
     assert judge(record(gradient_nonfinite=lambda r: at(2, r == 3, 0))).healthy
 
 
@@ -137,7 +154,10 @@ def test_dead_and_saturated_layers():
     found = judge(made).findings[0]
     assert (found.kind, found.layer, found.step) == ("dead", "4", 101)
     assert "100% of the units" in found.text
-    assert found.remedies[:3] == ("initialise", "leak", "residual")
+    # It was sound at the start: the steps have made it so.
+    assert found.remedies[:3] == ("learning-rate", "clip", "initialise")
+    always = record(dead=at(4, 1.0, 0.2), kind="ReLU", loss=2.0)
+    assert judge(always).findings[0].remedies[:3] == ("initialise", "leak", "residual")
     found = judge(record(saturated=at(1, 0.97, 0.1), kind="Tanh", loss=2.0)).findings[0]
     assert (found.kind, found.layer) == ("saturated", "1")
     assert "activation" in found.remedies and "leak" not in found.remedies
@@ -152,7 +172,15 @@ def test_layers_that_are_not_reached():
     # A layer without parameters has no gradient to miss.
     activation = {"gradient_norm": at(3, NAN, 0.3), "parameter_norm": at(3, NAN, 4.0)}
     assert judge(record(**activation)).healthy
+    made = record(gradient_norm=at(3, NAN, 0.3))
+    made.frozen = ["3"]
+    assert judge(made).healthy
+    made.frozen = ["2"]
+    assert judge(made).kind == "not reached"
     nothing = record(gradient_norm=np.full(6, NAN))
+    nothing.frozen = nothing.layers
+    assert "all layers with parameters are frozen" in judge(nothing).findings[0].text
+    nothing.frozen = []
     assert "no layer got a gradient" in judge(nothing).findings[0].text
 
 
@@ -161,7 +189,32 @@ def test_clipping_that_starves():
     (found,) = judge(made).findings
     assert (found.kind, found.step) == ("clip-starved", 201)
     assert "norm 1e+03 are cut to 1" in found.text
-    assert found.remedies[0] == "learning-rate"
+    assert found.remedies[:2] == ("initialise", "clip")
+    assert found.remedies[-1] == "learning-rate"
+    usual = record(coefficient=lambda r: 1.0 if r < 20 else 1e-3, norm=lambda r: 1.0)
+    assert judge(usual).findings[0].remedies[0] == "clip"
+
+
+def test_the_chance_that_a_record_knows():
+    made = record(loss=lambda r: 300.0 - r)
+    assert judge(made).healthy  # it falls, from wherever it was
+    made.chance = 2.3
+    assert judge(made).kind == "stalled"
+    assert judge(made, chance=400.0).healthy
+
+
+def test_remedies_that_mean_nothing_here_are_left_out():
+    made = record(activation_nonfinite=at(0, 1, 0))
+    assert judge(made).findings[0].remedies[0] == "loss-scale"
+    made.narrow = False
+    assert "loss-scale" not in judge(made).findings[0].remedies
+
+
+def test_steps_that_are_too_short():
+    for ratio, first in ((1e-7, "longer-steps"), (1e-3, "residual")):
+        found = judge(record(loss=2.3, update_ratio=np.full(6, ratio))).findings[0]
+        assert (found.kind, found.remedies[0]) == ("stalled", first)
+        assert ("longer-steps" in found.remedies) == (first == "longer-steps")
 
 
 def test_losses_that_rise_or_stand_still():
