@@ -427,6 +427,8 @@ def main(arguments: list[str] | None = None) -> int:
           f"{min(options.seconds, seconds_of(parts)):.0f} s")  # fmt: skip
     print(common.table([{"part": p.name, "what": p.about, "limit s": p.seconds, "step": p.group}
                         for p in parts]), flush=True)  # fmt: skip
+    # In the background of a shell, an interrupt would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: interrupt())
     report, path = check(parts, options)
     print(summary(report, path))

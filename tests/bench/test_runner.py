@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import pytest
 from gpugrad.bench import available, runner, worker
 from gpugrad.bench.processes import Pool, Problem, Process
 from gpugrad.bench.runner import Budget, Case
-from gpugrad.bench.workload import CONTENDERS, FAMILIES, Job, workloads, workloads_of
+from gpugrad.bench.workload import CONTENDERS, FAMILIES, workloads, workloads_of
 from tests.bench.fake_worker import FAKES
+
+ROOT = Path(__file__).parents[2]
 
 MODULE = "tests.bench.fake_worker"
 TINY = Budget(0.01, 2, 3, 1e-4)
@@ -154,14 +158,24 @@ def test_a_missing_library_is_told_by_the_real_worker():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's /proc")
 def test_memory_is_what_a_pass_holds_beyond_its_operands():
-    held: list = []
+    # In a process of its own, which keeps no memory of others to use again.
+    code = """
+import numpy as np
+from gpugrad.bench import worker
+from gpugrad.bench.workload import Job
 
-    def run():
-        held[:] = [np.ones(4 << 20)]
+held = []
 
-    jobs = worker.Worker(worker.HostClock())
-    jobs.jobs["numba"] = Job(run, list, held.clear)
-    assert jobs.memory("numba") == pytest.approx(32 << 20, rel=0.1)
+def run():
+    held[:] = [np.ones(4 << 20)]
+
+jobs = worker.Worker(worker.HostClock())
+jobs.jobs["numba"] = Job(run, list, held.clear)
+print(jobs.memory("numba"))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         cwd=ROOT)  # fmt: skip
+    assert int(ran.stdout) == pytest.approx(32 << 20, rel=0.1)
 
 
 def test_memory_is_asked_of_a_process_of_its_own():
