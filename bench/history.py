@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -93,6 +93,8 @@ def opened(report: dict[str, Any]) -> tuple[str, Callable[[dict[str, Any]], Iter
         name, version, reader = report["format"], report.get("version"), of_workloads
     elif "tool" in report:
         name, version, reader = report["tool"], report.get("schema"), of_verdicts
+    elif "truth" in report:
+        return "health_grid.py", lambda report: iter(()), "verdicts, and nothing that takes time"
     elif "benchmarks" in report:
         return "run.py", of_benchmarks, quick(report)
     else:
@@ -146,8 +148,9 @@ def of_workloads(report: dict[str, Any]) -> Iterator[Figure]:
                     peer / own), "x", target  # fmt: skip
 
 
-def points_of(report: dict[str, Any], file: str, figures: Iterator[Figure]) -> Iterator[Point]:
-    if report.get("dry_run") or report.get("quick"):
+def points_of(report: dict[str, Any], file: str, figures: Iterable[Figure]) -> Iterator[Point]:
+    figures = list(figures)
+    if report.get("dry_run") or report.get("quick") or not figures:
         return
     machine = machine_of(report)
     for group, what, value, unit, target in figures:
