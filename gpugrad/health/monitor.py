@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from time import thread_time
+from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -308,7 +308,7 @@ class Monitor:
         """The latest recorded step is complete; on its way with others, when there are enough."""
         if self._open is None:
             return
-        start = thread_time()
+        start = perf_counter()
         self._rows.append(self._open)
         self._open = None
         if self._at_once:
@@ -317,7 +317,7 @@ class Monitor:
             self._send()
             while len(self._coming) > 1:  # the others have arrived by now
                 self._take_in(*self._coming.pop(0))
-        self._schedule.add(thread_time() - start)
+        self._schedule.add(perf_counter() - start)
 
     def _send(self) -> None:
         """Begin to copy what is on the device."""
@@ -388,11 +388,11 @@ class _Schedule:
     def begin(self, after: int) -> None:
         """The first step begins, after so many others."""
         self.next = self._following(after)
-        self._since = thread_time()
+        self._since = perf_counter()
 
     def note(self, step: int, recorded: bool) -> None:
         """A step is over."""
-        before, self._since = self._since, thread_time()
+        before, self._since = self._since, perf_counter()
         self._times[recorded].append(self._since - before)
         if recorded:
             self.next = self._following(step)
