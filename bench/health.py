@@ -157,7 +157,7 @@ def report(quick: bool) -> dict[str, Any]:
             results[name] = timed = measure(name, 3 if quick else 40, folder)
             step = statistics.median(timed["plain"])
             recorded = common.ratio(timed["recorded"], timed["plain"])["median"] - 1
-            between = gap(name, 60 if quick else 1500 if name != "gpt" else 300, folder)
+            between = gap(name, 60 if quick else 4000 if name != "gpt" else 300, folder)
             share = rest / step + recorded / between
             rows.append(
                 {

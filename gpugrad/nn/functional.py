@@ -114,8 +114,8 @@ def linear(
     if bias is None:
         bias = ops.zeros(weight.shape[:1], dtype=weight.dtype, device=weight.device)
     slots = input.backend.slots
-    in_one = "linear_activation" in slots or is_autocast_enabled()
-    if "bias_activation" in slots and not in_one:
+    has_one = "linear_activation" in slots
+    if not has_one and "bias_activation" in slots and not is_autocast_enabled():
         # Where the product is a library's, all that follows it is one kernel.
         product = linalg.linear(input, weight)
         return ops.bias_activation(product, bias, activation)  # type: ignore[no-any-return]

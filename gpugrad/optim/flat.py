@@ -277,13 +277,14 @@ def noted(
         counts = coefficient < 1 if skip is None else (coefficient < 1) & ~skip
         clipped = clipped + cast(m, counts, integer)
     # An element that was bad before would say nothing: once parameters are NaN, all of them are.
-    first = m.where(bad & (found[BAD] == 0), cast(m, first + 1, integer), found[FIRST])
+    # The library's own: between single numbers there is no kernel to choose.
+    first = m.xp.where(bad & (found[BAD] == 0), cast(m, first + 1, integer), found[FIRST])
     return m.stack([skipped, clipped, first, cast(m, bad, integer)])
 
 
 def advance(m: Backend, count: Array, new: Array, skip: Array | None) -> Array:
     """The count of steps after a step that may have been skipped."""
-    return new if skip is None else m.where(skip, count, new)
+    return new if skip is None else m.xp.where(skip, count, new)
 
 
 def prepared(m: Backend, rule: str, step: Array, numbers: Mapping[str, float]) -> tuple[Array, ...]:

@@ -251,7 +251,7 @@ class _Step:
             totals = [self._measure(share, zero) for share in self.shares]
             bad, first = totals[0][2:]
             for *_, other, its_first in totals[1:]:
-                first = m.where(bad > 0, first, its_first)
+                first = m.xp.where(bad > 0, first, its_first)
                 bad = bad + other
             flag = bad > 0
             if inverse is not None:
@@ -297,7 +297,7 @@ class _Step:
                     found[0] + squares,
                     m.maximum(found[1], top),
                     found[2] + bad,
-                    m.where(found[2] > 0, found[3], first),
+                    m.xp.where(found[2] > 0, found[3], first),
                 )
         assert found is not None
         return found
