@@ -136,7 +136,7 @@ class Verdict:
     def __str__(self) -> str:
         lines = []
         for f in self.findings:
-            where = f", at {f.layer}" if f.layer and f.until is None else ""
+            where = f", at layer {f.layer}" if f.layer and f.until is None else ""
             when = f", since step {f.step}" if f.step is not None and f.step > 1 else ""
             lines.append(f"{f.text}{where}{when}")
             if f.remedies:
