@@ -15,6 +15,9 @@ from gpugrad.bench import runner, worker
 from gpugrad.bench.available import why_not
 from gpugrad.bench.workload import CONTENDERS, workloads
 
+# What other libraries warn of is theirs to mend.
+pytestmark = pytest.mark.filterwarnings("default")
+
 REASONS = {key: cache(lambda who=who: why_not(who)) for key, who in CONTENDERS.items()}
 
 
