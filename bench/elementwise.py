@@ -74,4 +74,12 @@ WORKLOADS: tuple[Workload, ...] = (
         plain=huber_loss,
         moved=lambda *n: 5 * product(*n),
     ),
+    kernel(
+        "cosine similarity", "of the rows of two arrays",
+        sizes=SIZES, covers=("ops/similarity",),
+        arrays=lambda random, *n: (normal(random, n), normal(random, n)),
+        ours=lambda gg, x, y: gg.cosine_similarity(x, y),
+        torch=lambda torch, x, y: torch.nn.functional.cosine_similarity(x, y),
+        moved=lambda *n: 6 * product(*n),
+    ),
 )  # fmt: skip

@@ -21,8 +21,6 @@ from gpugrad.ops.losses import cross_entropy, nll_loss
 from gpugrad.ops.pointwise_losses import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
-    cosine_embedding_loss,
-    cosine_similarity,
     gaussian_nll_loss,
     huber_loss,
     kl_div,
@@ -38,6 +36,7 @@ from gpugrad.ops.pooling import (
     max_pool1d,
     max_pool2d,
 )
+from gpugrad.ops.similarity import cosine_embedding_loss, cosine_similarity
 from gpugrad.ops.transposed import conv_transpose1d, conv_transpose2d
 
 __all__ = [

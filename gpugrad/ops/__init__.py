@@ -27,6 +27,7 @@ from gpugrad.ops.precision import *
 from gpugrad.ops.random import *
 from gpugrad.ops.recurrent import *
 from gpugrad.ops.reductions import *
+from gpugrad.ops.similarity import *
 from gpugrad.ops.trigonometric import *
 
 # mypy reads no sum of lists; without __all__ it takes every name that is starred.

@@ -23,8 +23,6 @@ from gpugrad.ops.samples import distinct, normal, positive, uniform
 __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
-    "cosine_embedding_loss",
-    "cosine_similarity",
     "gaussian_nll_loss",
     "huber_loss",
     "kl_div",
@@ -34,7 +32,7 @@ __all__ = [
 ]
 
 
-def _pair(name: str, input: Any, target: Any) -> tuple[Tensor, Tensor]:
+def pair(name: str, input: Any, target: Any) -> tuple[Tensor, Tensor]:
     """Both as tensors of one shape."""
     input, target = together(input, target)
     if input.shape != target.shape:
@@ -284,7 +282,7 @@ def mse_loss(input: Any, target: Any, reduction: str = "mean", weight: Any = Non
     >>> gg.mse_loss(gg.asarray([1.0, 3.0]), gg.asarray([1.0, 1.0]))
     tensor(2.)
     """
-    input, target = _pair("mse_loss", input, target)
+    input, target = pair("mse_loss", input, target)
     return _mean_by_weight("mse_loss", "squared_error", input, target, weight, reduction)
 
 
@@ -298,7 +296,7 @@ def l1_loss(input: Any, target: Any, reduction: str = "mean", weight: Any = None
     >>> gg.l1_loss(gg.asarray([1.0, 3.0]), gg.asarray([1.0, 1.0]))
     tensor(1.)
     """
-    input, target = _pair("l1_loss", input, target)
+    input, target = pair("l1_loss", input, target)
     return _mean_by_weight("l1_loss", "absolute_error", input, target, weight, reduction)
 
 
@@ -324,7 +322,7 @@ def huber_loss(
     """
     if not delta > 0:
         raise ParameterError(f"huber_loss: delta must be positive, got {delta!r}")
-    input, target = _pair("huber_loss", input, target)
+    input, target = pair("huber_loss", input, target)
     return _loss("huber_loss", "huber", input, target, reduction, delta, weight)
 
 
@@ -345,7 +343,7 @@ def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float
     """
     if not beta >= 0:
         raise ParameterError(f"smooth_l1_loss: beta must not be negative, got {beta!r}")
-    input, target = _pair("smooth_l1_loss", input, target)
+    input, target = pair("smooth_l1_loss", input, target)
     loss = "smooth_l1" if beta else "absolute_error"
     return _loss("smooth_l1_loss", loss, input, target, reduction, beta)
 
@@ -394,7 +392,7 @@ def gaussian_nll_loss(
     tensor(1.34657359)
     """
     name = "gaussian_nll_loss"
-    x, t = _pair(name, input, target)
+    x, t = pair(name, input, target)
     var = differentiable.full_like(x, var) if isinstance(var, int | float) else asarray(var)
     check_reduction(name, reduction)
     if not eps > 0:
@@ -460,7 +458,7 @@ def binary_cross_entropy(
     tensor(0.34657359)
     """
     name = "binary_cross_entropy"
-    p, t = _pair(name, input, target)
+    p, t = pair(name, input, target)
     _refuse_elements(
         name, p, 0.0, 1.0, lambda p: ~((p >= 0) & (p <= 1)),
         "is no probability, a number from 0 to 1; for logits there is "
@@ -511,7 +509,7 @@ def binary_cross_entropy_with_logits(
     tensor(0.34657359)
     """
     name = "binary_cross_entropy_with_logits"
-    x, t = _pair(name, input, target)
+    x, t = pair(name, input, target)
     if pos_weight is None:
         return _loss(name, "logit_cross_entropy", x, t, reduction, weight=weight)
     log_p = differentiable.logsigmoid(x) * (_weighted(name, t, pos_weight - 1.0) + 1.0)
@@ -557,94 +555,8 @@ def kl_div(input: Any, target: Any, reduction: str = "mean", log_target: bool = 
         raise ParameterError(
             f"kl_div: reduction is 'batchmean', 'mean', 'sum' or 'none', not {reduction!r}"
         )
-    x, t = _pair("kl_div", input, target)
+    x, t = pair("kl_div", input, target)
     loss = "log_divergence" if log_target else "divergence"
     if reduction == "batchmean":
         return _loss("kl_div", loss, x, t, "sum") / (x.shape[0] if x.ndim else 1)
     return _loss("kl_div", loss, x, t, reduction)
-
-
-# -- directions -----------------------------------------------------------------------------------
-
-
-def _numpy_cosine(a: Any, b: Any, dim: int = 1, eps: float = 1e-8) -> Any:
-    a, b = np.broadcast_arrays(a, b)
-    sizes = [np.maximum(np.sqrt((x * x).sum(dim)), eps) for x in (a, b)]
-    return (a * b).sum(dim) / (sizes[0] * sizes[1])
-
-
-@composite(
-    samples=lambda: [
-        sample(normal((3, 4)), normal((3, 4), 1)),
-        sample(normal((3, 4)), normal((1, 4), 1), dim=0, note="broadcast"),
-    ],
-    reference=_numpy_cosine,
-)
-def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """The cosine of the angle between vectors along ``dim``, after broadcasting.
-
-    Vectors shorter than ``eps`` count as that long.
-
-    >>> import gpugrad as gg
-    >>> gg.cosine_similarity(gg.asarray([[3.0, 4.0]]), gg.asarray([[1.0, 0.0]]))
-    tensor([0.6])
-    """
-    x1, x2 = together(x1, x2)
-    x1, x2 = differentiable.broadcast_arrays(x1, x2)
-    least = eps * eps
-    squares = (sum(x * x, axis=dim) for x in (x1, x2))
-    a, b = (differentiable.sqrt(differentiable.maximum(s, least)) for s in squares)
-    return sum(x1 * x2, axis=dim) / (a * b)
-
-
-def _numpy_cosine_embedding(
-    a: Any, b: Any, t: Any, margin: float = 0.0, reduction: str = "mean"
-) -> Any:
-    cos = _numpy_cosine(a, b, -1)
-    loss = np.where(t > 0, 1 - cos, np.maximum(cos - margin, 0.0))
-    return loss if reduction == "none" else getattr(np, reduction)(loss)
-
-
-@composite(
-    samples=lambda: [
-        sample(normal((4, 3)), normal((4, 3), 1), np.array([1, -1, 1, -1])),
-        sample(normal(3), normal(3, 1), np.array(1), 0.1, "none", note="one pair"),
-    ],
-    reference=_numpy_cosine_embedding,
-)
-def cosine_embedding_loss(
-    input1: Any, input2: Any, target: Any, margin: float = 0.0, reduction: str = "mean"
-) -> Tensor:
-    """How far vectors that belong together point apart, and others together.
-
-    Parameters
-    ----------
-    input1, input2:
-        Vectors, of shape (batch, features), or (features,).
-    target:
-        1 where the two belong together: the loss is 1 - cos. -1 where they do not: it is cos less
-        ``margin``, zero at least. Shape (batch,), or ().
-    margin:
-        From -1 to 1; 0 to 0.5 is common.
-    reduction:
-        ``"mean"``, ``"sum"``, ``"none"``.
-
-    >>> import gpugrad as gg
-    >>> a, b = gg.asarray([[3.0, 4.0]]), gg.asarray([[1.0, 0.0]])
-    >>> gg.cosine_embedding_loss(a, b, gg.asarray([-1]), margin=0.5)
-    tensor(0.1)
-    """
-    name = "cosine_embedding_loss"
-    a, b = _pair(name, input1, input2)
-    t = together(a, target)[1]
-    if a.ndim not in (1, 2) or t.shape != a.shape[:-1]:
-        raise ShapeError(
-            f"{name}: inputs of shape {a.shape} and a target of shape {t.shape}; they are (batch, "
-            "features) and (batch,), or (features,) and ()"
-        )
-    tiny = 1e-12
-    size = (sum(a * a, axis=-1) + tiny) * (sum(b * b, axis=-1) + tiny)
-    cos = sum(a * b, axis=-1) / differentiable.sqrt(size)
-    apart = differentiable.relu(cos - margin)
-    loss = differentiable.where(t == 1, 1.0 - cos, differentiable.where(t == -1, apart, 0.0))
-    return reduced(name, loss, reduction)
