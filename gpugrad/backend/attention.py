@@ -33,3 +33,24 @@ def scores_shape(
 def scale_of(query: Array, scale: float | None) -> float:
     """What products are multiplied with: 1/sqrt(features) unless something else is asked for."""
     return 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else float(scale)
+
+
+def heads_of(x: Array, count: int, heads: int) -> tuple[Array, ...]:
+    """Views (..., heads, length, features) of `count` equal parts of the last axis."""
+    *lead, length, width = x.shape
+    apart = x.reshape(*lead, length, count, heads, width // (count * heads))
+    return tuple(apart[..., i, :, :].swapaxes(-2, -3) for i in range(count))
+
+
+def packed_misfit(qkv: Array, attn_mask: Array | None, heads: int) -> str | None:
+    """Why kernels cannot take query, key and value from one array, if they cannot."""
+    if qkv.ndim < 2 or heads < 1 or qkv.shape[-1] % (3 * heads) or qkv.shape[-1] == 0:
+        return f"{qkv.shape} of {heads} heads"
+    if qkv.ndim > 3:
+        return f"{qkv.ndim} axes"
+    query, key, value = heads_of(qkv, 3, heads)
+    shape = scores_shape(query, key, value, attn_mask)
+    if shape is not None and shape[:-2] != query.shape[:-2]:
+        assert attn_mask is not None
+        return f"a mask of shape {attn_mask.shape}, which makes more of {qkv.shape}"
+    return None

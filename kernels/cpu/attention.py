@@ -19,7 +19,7 @@ import numpy as np
 from numba import prange
 
 from gpugrad.backend import Backend
-from gpugrad.backend.attention import scale_of, scores_shape
+from gpugrad.backend.attention import heads_of, packed_misfit, scale_of, scores_shape
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.random import dropped, kept_scale, stream
 from gpugrad.backend.scratch import empty
@@ -394,22 +394,15 @@ def _refuse_backward(
     return refuse(m, query, key, value, attn_mask)
 
 
-def _heads(x: Array, count: int, heads: int) -> tuple[Array, ...]:
-    """Views (..., heads, length, features) of `count` equal parts of the last axis."""
-    *lead, length, width = x.shape
-    apart = x.reshape(*lead, length, count, heads, width // (count * heads))
-    return tuple(apart[..., i, :, :].swapaxes(-2, -3) for i in range(count))
-
-
 def _run_packed(
     m: Backend, qkv: Array, attn_mask: Array | None = None, heads: int = 1,
     is_causal: bool = False, scale: float | None = None, dropout_p: float = 0.0, seed: int = 0,
     offset: int = 0,
 ) -> Any:  # fmt: skip
-    three = _heads(qkv, 3, heads)
+    three = heads_of(qkv, 3, heads)
     y = empty((*qkv.shape[:-1], qkv.shape[-1] // 3), qkv.dtype)
     more = (attn_mask, is_causal, scale, dropout_p, seed, offset)
-    _, lse = forward(*three, *_heads(y, 1, heads), *more)
+    _, lse = forward(*three, *heads_of(y, 1, heads), *more)
     return y, lse
 
 
@@ -418,15 +411,9 @@ def _refuse_packed(
 ) -> str | None:
     if not isinstance(qkv, np.ndarray):
         return f"a {type(qkv).__name__} among the operands; kernels take arrays"
-    if qkv.ndim < 2 or heads < 1 or qkv.shape[-1] % (3 * heads) or qkv.shape[-1] == 0:
-        return f"{qkv.shape} of {heads} heads"
-    if qkv.ndim > 3:
-        return f"{qkv.ndim} axes"
-    q, k, v = _heads(qkv, 3, heads)
-    shape = scores_shape(q, k, v, attn_mask)
-    if shape is not None and shape[:-2] != q.shape[:-2]:
-        return f"a mask of shape {attn_mask.shape}, which makes more of {qkv.shape}"
-    return refuse(m, q, k, v, attn_mask)
+    if why := packed_misfit(qkv, attn_mask, heads):
+        return why
+    return refuse(m, *heads_of(qkv, 3, heads), attn_mask)
 
 
 def _run_packed_backward(
@@ -436,10 +423,10 @@ def _run_packed_backward(
 ) -> Any:  # fmt: skip
     gqkv = empty(qkv.shape, qkv.dtype)
     more = (attn_mask, is_causal, scale, dropout_p, seed, offset)
-    three, places = _heads(qkv, 3, heads), _heads(gqkv, 3, heads)
+    three, places = heads_of(qkv, 3, heads), heads_of(gqkv, 3, heads)
     wanted = (True, True, True)
     found = backward(
-        *_heads(g, 1, heads), *three, *_heads(y, 1, heads), lse, wanted, places, *more
+        *heads_of(g, 1, heads), *three, *heads_of(y, 1, heads), lse, wanted, places, *more
     )  # fmt: skip
     if found[0] is not places[0]:
         for place, x in zip(places, found, strict=True):

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from gpugrad.backend import Backend
-from gpugrad.backend.attention import scale_of, scores_shape
+from gpugrad.backend.attention import heads_of, packed_misfit, scale_of, scores_shape
 from gpugrad.backend.kernels import Kernel as Implementation
 from gpugrad.backend.random import dropped, kept_scale, stream
 from gpugrad.kernels.cuda.attention import (
@@ -219,13 +219,6 @@ def _refuse_backward(
     return refuse_arrays(query, g, y) or _refuse(m, query, key, value, attn_mask)
 
 
-def _heads(x: Array, count: int, heads: int) -> tuple[Array, ...]:
-    """Views (..., heads, length, features) of `count` equal parts of the last axis."""
-    *lead, length, width = x.shape
-    apart = x.reshape(*lead, length, count, heads, width // (count * heads))
-    return tuple(apart[..., i, :, :].swapaxes(-2, -3) for i in range(count))
-
-
 def _packed(
     m: Backend, qkv: Array, attn_mask: Array | None = None, heads: int = 1,
     is_causal: bool = False, scale: float | None = None, dropout_p: float = 0.0, seed: int = 0,
@@ -233,7 +226,7 @@ def _packed(
 ) -> Any:  # fmt: skip
     y = machine(qkv).empty((*qkv.shape[:-1], qkv.shape[-1] // 3), qkv.dtype)
     more = (attn_mask, is_causal, scale, dropout_p, seed, offset)
-    _, lse = forward(m, *_heads(qkv, 3, heads), *_heads(y, 1, heads), *more)
+    _, lse = forward(m, *heads_of(qkv, 3, heads), *heads_of(y, 1, heads), *more)
     return y, lse
 
 
@@ -242,15 +235,9 @@ def _refuse_packed(
 ) -> str | None:
     if why := refuse_arrays(qkv):
         return why
-    if qkv.ndim < 2 or heads < 1 or qkv.shape[-1] % (3 * heads) or qkv.shape[-1] == 0:
-        return f"{qkv.shape} of {heads} heads"
-    if qkv.ndim > 3:
-        return f"{qkv.ndim} axes"
-    q, k, v = _heads(qkv, 3, heads)
-    shape = scores_shape(q, k, v, attn_mask)
-    if shape is not None and shape[:-2] != q.shape[:-2]:
-        return f"a mask of shape {attn_mask.shape}, which makes more of {qkv.shape}"
-    return _refuse(m, q, k, v, attn_mask)
+    if why := packed_misfit(qkv, attn_mask, heads):
+        return why
+    return _refuse(m, *heads_of(qkv, 3, heads), attn_mask)
 
 
 def _packed_backward(
@@ -261,8 +248,8 @@ def _packed_backward(
     gqkv = machine(qkv).empty(qkv.shape, qkv.dtype)
     more = (attn_mask, is_causal, scale, dropout_p, seed, offset)
     backward(
-        m, *_heads(g, 1, heads), *_heads(qkv, 3, heads), *_heads(y, 1, heads), lse,
-        (True, True, True), _heads(gqkv, 3, heads), *more,
+        m, *heads_of(g, 1, heads), *heads_of(qkv, 3, heads), *heads_of(y, 1, heads), lse,
+        (True, True, True), heads_of(gqkv, 3, heads), *more,
     )  # fmt: skip
     return gqkv, None
 
