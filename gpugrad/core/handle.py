@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
-__all__ = ["RemovableHandle"]
+__all__ = ["RemovableHandle", "add_hook"]
 
 
 class RemovableHandle:
@@ -37,3 +37,21 @@ class RemovableHandle:
 
     def __exit__(self, *error: object) -> None:
         self.remove()
+
+
+def add_hook(owner: Any, kind: str, hook: Callable[..., Any]) -> RemovableHandle:
+    """Put a hook into ``owner._hooks``, kind → number → hook.
+
+    The mapping is replaced, never changed: a walk through the hooks may add and remove some, and an
+    owner without any shares one with all others.
+    """
+    hooks = owner._hooks.get(kind, {})
+    key = max(hooks, default=-1) + 1
+    owner._hooks = {**owner._hooks, kind: {**hooks, key: hook}}
+
+    def remove() -> None:
+        left = {k: h for k, h in owner._hooks.get(kind, {}).items() if k != key}
+        others = {k: table for k, table in owner._hooks.items() if k != kind}
+        owner._hooks = {**others, kind: left} if left else others
+
+    return RemovableHandle(remove)

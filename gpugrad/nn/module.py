@@ -9,7 +9,7 @@ import numpy as np
 
 from gpugrad.backend import as_dtype
 from gpugrad.core.conversion import asarray, tensor
-from gpugrad.core.handle import RemovableHandle
+from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import GpugradError
@@ -99,14 +99,14 @@ class Module:
 
         What the hook returns, unless None, takes the output's place.
         """
-        return self._add_hook("forward", hook)
+        return add_hook(self, "forward", hook)
 
     def register_forward_pre_hook(self, hook: Hook) -> RemovableHandle:
         """Call `hook(module, args)` before every forward; returns what removes it.
 
         What the hook returns, unless None, takes the arguments' place.
         """
-        return self._add_hook("forward_pre", hook)
+        return add_hook(self, "forward_pre", hook)
 
     def register_full_backward_hook(self, hook: Hook) -> RemovableHandle:
         """Call `hook(module, grad_input, grad_output)` once the gradients of the inputs are known.
@@ -127,7 +127,7 @@ class Module:
         >>> norms
         [(4, 3)]
         """
-        return self._add_hook("backward", hook)
+        return add_hook(self, "backward", hook)
 
     def register_full_backward_pre_hook(self, hook: Hook) -> RemovableHandle:
         """Call `hook(module, grad_output)` before the gradients of the inputs are computed.
@@ -135,19 +135,7 @@ class Module:
         What the hook returns, unless None, takes the place of `grad_output`, a tuple as in
         `register_full_backward_hook`. Returns what removes the hook.
         """
-        return self._add_hook("backward_pre", hook)
-
-    def _add_hook(self, kind: str, hook: Hook) -> RemovableHandle:
-        hooks = self._hooks.get(kind, {})
-        key = max(hooks, default=-1) + 1
-        self._hooks = {**self._hooks, kind: {**hooks, key: hook}}
-
-        def remove() -> None:
-            left = {k: h for k, h in self._hooks.get(kind, {}).items() if k != key}
-            others = {k: table for k, table in self._hooks.items() if k != kind}
-            self._hooks = {**others, kind: left} if left else others
-
-        return RemovableHandle(remove)
+        return add_hook(self, "backward_pre", hook)
 
     # -- putting together -------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from gpugrad.core.conversion import asarray, tensor
-from gpugrad.core.handle import RemovableHandle
+from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import enable_grad
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.errors import ParameterError
@@ -238,23 +238,11 @@ class Optimizer:
         ...     optimizer.step(clip=1.0)
         tensor([1.], requires_grad=True)
         """
-        return self._add_hook("pre", hook)
+        return add_hook(self, "pre", hook)
 
     def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call `hook(optimizer, args, kwargs)` after every step; returns what removes it."""
-        return self._add_hook("post", hook)
-
-    def _add_hook(self, kind: str, hook: Callable[..., Any]) -> RemovableHandle:
-        hooks = self._hooks.get(kind, {})
-        key = max(hooks, default=-1) + 1
-        self._hooks = {**self._hooks, kind: {**hooks, key: hook}}
-
-        def remove() -> None:
-            left = {k: h for k, h in self._hooks.get(kind, {}).items() if k != key}
-            others = {k: table for k, table in self._hooks.items() if k != kind}
-            self._hooks = {**others, kind: left} if left else others
-
-        return RemovableHandle(remove)
+        return add_hook(self, "post", hook)
 
     def _call_hooks(self, kind: str, kwargs: dict[str, Any]) -> None:
         for hook in list(self._hooks.get(kind, {}).values()):
