@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpugrad.backend.kernels import Slot
+from gpugrad.backend.kernels import Slot, gate
 from gpugrad.backend.special import erf
 from gpugrad.errors import DTypeError
 
@@ -105,7 +105,13 @@ class Backend:
         def without_space(m: Backend, *args: Any, **kwargs: Any) -> Any:
             return generic(*args, **kwargs)
 
-        return lambda *args, **kwargs: slot.run(without_space, self, args, kwargs)
+        def choose(*args: Any, **kwargs: Any) -> Any:
+            # What `run` would find out for a small operand, without its calls.
+            if not gate and getattr(args[0], "size", 0) < slot.at_least:
+                return generic(*args, **kwargs)
+            return slot.run(without_space, self, args, kwargs)
+
+        return choose
 
     def __repr__(self) -> str:
         return f"<backend {self.name}>"

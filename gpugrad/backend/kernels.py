@@ -98,7 +98,7 @@ class Slot:
     ) -> Any:
         """The one choice: run a kernel, or ``generic``, which takes the same arguments."""
         mode = "auto"
-        if _gate:
+        if gate:
             mode = _state.mode
         if mode == "off":
             return self._generic(generic, m, args, kwargs, "kernels are switched off")
@@ -108,7 +108,7 @@ class Slot:
         for kernel in self.kernels:
             why = kernel.refuse(m, *args, **kwargs)
             if why is None:
-                if _gate and _state.log is not None:
+                if gate and _state.log is not None:
                     _state.log.append(Choice(self.name, kernel.label, "operands fit"))
                 return kernel.run(m, *args, **kwargs)
             refusals.append(f"{kernel.label}: {why}")
@@ -128,7 +128,7 @@ class Slot:
         kwargs: dict[str, Any],
         why: str,
     ) -> Any:
-        if _gate and _state.log is not None:
+        if gate and _state.log is not None:
             _state.log.append(Choice(self.name, "generic", why))
         return generic(m, *args, **kwargs)
 
@@ -168,7 +168,7 @@ def fusible(generic: F, name: str | None = None) -> F:
 # -- the mode -------------------------------------------------------------------------------------
 
 #: Not empty while some thread has a mode of its own, or notes choices; looked at first.
-_gate: list[None] = []
+gate: list[None] = []
 
 
 def _start() -> str:
@@ -176,7 +176,7 @@ def _start() -> str:
     if mode not in MODES:
         raise ParameterError(f"GPUGRAD_KERNELS is {mode!r}; it must be one of {', '.join(MODES)}")
     if mode != "auto":
-        _gate.append(None)
+        gate.append(None)
     return mode
 
 
@@ -216,20 +216,20 @@ class use_kernels:
         self._before: list[str] = []
 
     def __enter__(self) -> None:
-        _gate.append(None)
+        gate.append(None)
         self._before.append(_state.mode)
         _state.mode = self._mode
 
     def __exit__(self, *_: object) -> None:
         _state.mode = self._before.pop()
-        _gate.pop()
+        gate.pop()
 
 
 class note_choices:
     """Collect the choices that this thread makes inside the block."""
 
     def __enter__(self) -> list[Choice]:
-        _gate.append(None)
+        gate.append(None)
         self._before = _state.log
         log: list[Choice] = []
         _state.log = log
@@ -237,7 +237,7 @@ class note_choices:
 
     def __exit__(self, *_: object) -> None:
         _state.log = self._before
-        _gate.pop()
+        gate.pop()
 
 
 def note(choice: Choice) -> None:
