@@ -63,7 +63,8 @@ WORKLOADS: tuple[Workload, ...] = (
         torch=lambda torch, x, w, b: torch.nn.functional.gelu(
             torch.nn.functional.linear(x, w, b), approximate="tanh"),
         plain=lambda np, x, w, b: gelu(np, np.matmul(x, w.T) + b),
-        covers=("ops/linalg", "kernels/cpu/linear", "kernels/cpu/few_rows"),
+        covers=("ops/linalg", "kernels/cpu/linear", "kernels/cpu/weight_gradient",
+                "kernels/cpu/direct"),
         moved=lambda n, i, o: 3 * (n * i + i * o + n * o), flops=lambda n, i, o: 6 * n * i * o,
         tolerance=1e-3,
     ),

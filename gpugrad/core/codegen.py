@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from types import FunctionType
 from typing import Any, NoReturn
@@ -29,7 +29,7 @@ from gpugrad.core.nodes import (
     node_class,
     saved_value,
 )
-from gpugrad.core.primitive import FACETS, Primitive, registry
+from gpugrad.core.primitive import Primitive, registry
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
 
@@ -430,6 +430,30 @@ def meta_of(x: Any) -> Any:
     return None if type(x) in SCALARS else (x.shape, x.dtype)
 
 
+#: What a node may keep of an operand, by the ending of the name that a rule has for it.
+FACET: dict[str, Callable[[Any], Any]] = {
+    "": lambda x: x,
+    "_shape": lambda x: () if type(x) in SCALARS else x.shape,
+    "_dtype": lambda x: None if type(x) in SCALARS else x.dtype,
+    "_device": lambda x: None if type(x) in SCALARS else SPACES[type(x)].device(x),
+}
+
+
+@cache
+def _kept(made: Primitive, mask: tuple[bool, ...]) -> tuple[tuple[str, str, int], ...]:
+    """What a generic node saves: its name, the facet of an operand, "y" or "aux", and which."""
+    found = []
+    for name in made.saved_names(mask):
+        if name == "y":
+            found.append((name, "y", 0))
+        elif name in made.aux:
+            found.append((name, "aux", made.aux.index(name)))
+        else:
+            operand, facet = next((o, f) for o in made.operands for f in FACET if o + f == name)
+            found.append((name, facet, made.operands.index(operand)))
+    return tuple(found)
+
+
 def record(
     made: Primitive,
     arrays: Sequence[Any],
@@ -452,20 +476,13 @@ def record(
         return tuple(tensor_of(x) for x in y) if several else tensor_of(y)
     mask = tuple([p is not None for p in parents])
     saved: dict[str, Any] = {}
-    for name in made.saved_names(mask):
-        if name == "y":
+    for name, facet, at in _kept(made, mask):
+        if facet == "y":
             saved[name] = y
-        elif name in made.aux:
-            saved[name] = aux[made.aux.index(name)]
+        elif facet == "aux":
+            saved[name] = aux[at]
         else:
-            operand = next(o for o in made.operands if name in [o + s for s in FACETS])
-            held = list(arrays) if made.variadic else [arrays[made.operands.index(operand)]]
-            if name == operand + "_shape":
-                held = [() if type(x) in SCALARS else x.shape for x in held]
-            elif name == operand + "_dtype":
-                held = [None if type(x) in SCALARS else x.dtype for x in held]
-            elif name == operand + "_device":
-                held = [None if type(x) in SCALARS else SPACES[type(x)].device(x) for x in held]
+            held = [FACET[facet](x) for x in (arrays if made.variadic else (arrays[at],))]
             saved[name] = held if made.variadic else held[0]
     metas = (*[meta_of(x) for x in arrays], tuple(x.shape for x in y) if several else y.shape)
     parameters = dict(zip(made.parameters, values, strict=True))

@@ -121,21 +121,29 @@ def rnn_backward(
     return g, gh, bias_gradient(m, g, biased)
 
 
-def _rnn_vjp(
-    m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, y: Any, nonlinearity: str,
-    reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
+@fusible
+def rnn_gradients(
+    m: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, output: Any, g: Any,
+    nonlinearity: str, reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
 ) -> Gradients:  # fmt: skip
-    x, weight_ih, weight_hh, h0, output, g_output, g_hidden = wide(
-        m, x, weight_ih, weight_hh, h0, y[0], *g
-    )
-    biased = needs[3] or needs[4]
-    gp, gh0, gb = rnn_backward(
-        m, output, weight_hh, g_output, g_hidden, nonlinearity, reverse, biased
-    )
+    """Gradients of all operands of :func:`rnn_layer`; ``g`` holds those of its results."""
+    given = (*g, nonlinearity, reverse, needs[3] or needs[4])
+    gp, gh0, gb = rnn_backward(m, output, weight_hh, *given)
     found = weight_gradients(
         m, gp, gp, x, weight_ih, h0, output, reverse, needs, weight_ih_home, weight_hh_home
     )
     return *found, gb, gb, gh0
+
+
+def _rnn_vjp(
+    m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, y: Any, nonlinearity: str,
+    reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
+) -> Gradients:  # fmt: skip
+    x, weight_ih, weight_hh, h0, output, *g = wide(m, x, weight_ih, weight_hh, h0, y[0], *g)
+    return rnn_gradients(
+        m, x, weight_ih, weight_hh, h0, output, g, nonlinearity, reverse, needs, weight_ih_home,
+        weight_hh_home,
+    )  # fmt: skip
 
 
 def _numpy_rnn(
@@ -278,6 +286,20 @@ def lstm_backward(
     return g, gh, gc, bias_gradient(m, g, biased)
 
 
+@fusible
+def lstm_gradients(
+    m: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, c0: Any, output: Any, cell: Any,
+    gates: Any, g: Any, reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
+) -> Gradients:  # fmt: skip
+    """Gradients of all operands of :func:`lstm_layer`; ``g`` holds those of its results."""
+    given = (*g, reverse, needs[3] or needs[4])
+    gp, gh0, gc0, gb = lstm_backward(m, gates, cell, weight_hh, c0, *given)
+    found = weight_gradients(
+        m, gp, gp, x, weight_ih, h0, output, reverse, needs, weight_ih_home, weight_hh_home
+    )
+    return *found, gb, gb, gh0, gc0
+
+
 def _lstm_vjp(
     m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, c0: Any, y: Any,
     reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
@@ -286,12 +308,10 @@ def _lstm_vjp(
     x, weight_ih, weight_hh, h0, c0, output, cell, gates, *g = wide(
         m, x, weight_ih, weight_hh, h0, c0, output, cell, gates, *g
     )
-    given = (*g, reverse, needs[3] or needs[4])
-    gp, gh0, gc0, gb = lstm_backward(m, gates, cell, weight_hh, c0, *given)
-    found = weight_gradients(
-        m, gp, gp, x, weight_ih, h0, output, reverse, needs, weight_ih_home, weight_hh_home
-    )
-    return *found, gb, gb, gh0, gc0
+    return lstm_gradients(
+        m, x, weight_ih, weight_hh, h0, c0, output, cell, gates, g, reverse, needs,
+        weight_ih_home, weight_hh_home,
+    )  # fmt: skip
 
 
 def _numpy_lstm(
@@ -424,6 +444,20 @@ def gru_backward(
     return gp, gq, gh + through, *(bias_gradient(m, g, biased) for g in (gp, gq))
 
 
+@fusible
+def gru_gradients(
+    m: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, output: Any, gates: Any, g: Any,
+    reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
+) -> Gradients:  # fmt: skip
+    """Gradients of all operands of :func:`gru_layer`; ``g`` holds those of its results."""
+    given = (*g, reverse, needs[3] or needs[4])
+    gp, gq, gh0, *gb = gru_backward(m, gates, output, weight_hh, h0, *given)
+    found = weight_gradients(
+        m, gp, gq, x, weight_ih, h0, output, reverse, needs, weight_ih_home, weight_hh_home
+    )
+    return *found, *gb, gh0
+
+
 def _gru_vjp(
     m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, y: Any, reverse: bool,
     needs: Any, weight_ih_home: Any, weight_hh_home: Any,
@@ -431,12 +465,10 @@ def _gru_vjp(
     x, weight_ih, weight_hh, h0, output, gates, *g = wide(
         m, x, weight_ih, weight_hh, h0, y[0], y[2], *g
     )
-    given = (*g, reverse, needs[3] or needs[4])
-    gp, gq, gh0, *gb = gru_backward(m, gates, output, weight_hh, h0, *given)
-    found = weight_gradients(
-        m, gp, gq, x, weight_ih, h0, output, reverse, needs, weight_ih_home, weight_hh_home
-    )
-    return *found, *gb, gh0
+    return gru_gradients(
+        m, x, weight_ih, weight_hh, h0, output, gates, g, reverse, needs, weight_ih_home,
+        weight_hh_home,
+    )  # fmt: skip
 
 
 def _numpy_gru(

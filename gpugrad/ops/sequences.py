@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Backend
-from gpugrad.backend.kernels import fusible
 from gpugrad.errors import DTypeError, ShapeError
 from gpugrad.ops.linalg import product_of, weight_gradient
 
@@ -106,23 +105,6 @@ def first_state(m: Any, given: Any, like: Any, size: int) -> Any:
     return m.zeros_like(like[:, :size]) if given is None else given
 
 
-@fusible
-def summed_products(m: Any, g: Any, x: Any, home: Any) -> Any:
-    """The sum over steps and batch of each ``g`` times each ``x``, in ``home`` if there is one."""
-    return weight_gradient(m, g, x, home)
-
-
-def _recurrent_weight(m: Any, g: Any, output: Any, h0: Any, reverse: bool, home: Any) -> Any:
-    """The gradient of ``weight_hh``: each step's gradient times the hidden state before it."""
-    early, late = slice(None, -1), slice(1, None)
-    after, before = (early, late) if reverse else (late, early)
-    total = summed_products(m, g[after, ...], output[before, ...], home)
-    if h0 is None:
-        return total
-    first = g[-1 if reverse else 0, ...]
-    return total + m.matmul(m.matrix_transpose(first), h0)
-
-
 def bias_gradient(m: Any, g: Any, wanted: bool) -> Any:
     """The sums over steps and batch, if they are wanted."""
     return m.sum_to(g, g.shape[-1:]) if wanted else None
@@ -134,6 +116,13 @@ def weight_gradients(
 ) -> Gradients:  # fmt: skip
     """Gradients of x and both weights from those of the two shares of the gates."""
     gx = product_of(m, gp, weight_ih) if needs[0] else None
-    gw_ih = summed_products(m, gp, x, weight_ih_home) if needs[1] else None
-    gw_hh = _recurrent_weight(m, gq, output, h0, reverse, weight_hh_home) if needs[2] else None
+    gw_ih = weight_gradient(m, gp, x, weight_ih_home) if needs[1] else None
+    if not needs[2]:
+        return gx, gw_ih, None
+    early, late = slice(None, -1), slice(1, None)
+    after, before = (early, late) if reverse else (late, early)
+    gw_hh = weight_gradient(m, gq[after, ...], output[before, ...], weight_hh_home)
+    if h0 is not None:
+        first = gq[-1 if reverse else 0, ...]
+        gw_hh = gw_hh + m.matmul(m.matrix_transpose(first), h0)
     return gx, gw_ih, gw_hh

@@ -25,7 +25,8 @@ from gpugrad.backend.random import dropped, kept_scale, stream
 from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu.compile import numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import LABEL
-from gpugrad.kernels.cpu.gemm import _address, _size
+from gpugrad.kernels.cpu.gemm import _address
+from gpugrad.kernels.cpu.memory import size_of
 from gpugrad.kernels.cpu.microkernel import panel, product
 from gpugrad.kernels.cpu.products import _four_axes
 from gpugrad.kernels.cpu.scores import (
@@ -196,7 +197,7 @@ def _backward_unit(operands, gradients, lse, mask, sizes, drop, numbers, ranges,
     gq, gk, gv = gradients
     head, part = unit // ranges, _dealt(unit % ranges, ranges)
     # Each range has queries' gradients of its own, `step` elements apart, to be summed later.
-    address = gq[0] + part * step * _size(T(0)) if gq[0] else gq[0]
+    address = gq[0] + part * step * size_of(T(0)) if gq[0] else gq[0]
     span = (keys + ranges - 1) // ranges
     _backward_range(
         operands, ((address, gq[1], gq[2], gq[3]), gk, gv), lse, mask, sizes, drop, numbers,

@@ -30,7 +30,7 @@ from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.disk import cache_folder
 from gpugrad.kernels.template import Template, arithmetic
 
-__all__ = ["CPU", "parallel", "serial", "storage_view"]
+__all__ = ["CPU", "VECTOR", "parallel", "serial", "storage_view"]
 
 #: Vector instructions need leave to add up in another order; NaN and infinity keep their meaning.
 LOOP = {"contract", "reassoc", "nsz"}
@@ -143,6 +143,15 @@ def _host_features() -> frozenset[str]:
     machine = llvmlite.binding.get_process_triple().partition("-")[0]
     # Every 64-bit Arm converts half precision.
     return frozenset(features | {"f16c"} if machine in ("aarch64", "arm64") else features)
+
+
+def _vector_bytes() -> int:
+    features = _host_features()
+    return 64 if "avx512f" in features else 32 if "avx2" in features else 16
+
+
+#: Bytes of this processor's vectors. Any compiler target can do with any number.
+VECTOR = _vector_bytes()
 
 
 # -- placeholders ---------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 OpenBLAS runs on one thread (`kernels/cpu/pool.py`). A large product is divided along the longer
 side of its result, and a batch of them along the batch too. Transposed and strided operands are
-read where they are, as long as one of their axes is contiguous.
+read where they are, as long as one of their axes is contiguous. Where that is the quicker way, the
+pieces are computed by `kernels/cpu/direct.py` instead.
 
 How the work is divided depends on the number of threads. No sum is: each element is one thread's
-work, and on some processors its last bit depends on where the division lies.
+work, and on some processors its last bit depends on where OpenBLAS's piece of it ends.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from numba.extending import intrinsic
 
 from gpugrad.kernels.cpu import openblas
 from gpugrad.kernels.cpu.compile import parallel, serial
+from gpugrad.kernels.cpu.direct import direct, suits
+from gpugrad.kernels.cpu.memory import size_of
+from gpugrad.kernels.cpu.microkernel import pack_turned, panel
 from gpugrad.kernels.template import T, device
 
 __all__ = ["GRAIN", "STRIP", "available", "gemm", "many", "one", "rows_product"]
@@ -26,8 +30,8 @@ __all__ = ["GRAIN", "STRIP", "available", "gemm", "many", "one", "rows_product"]
 #: Multiply-adds that a further thread is worth: about 10 µs of work, as long as waking it may take.
 GRAIN = 1 << 20
 
-#: Rows of a result that go to one thread together.
-STRIP = 16
+#: Rows or columns of a result that go to one thread together: whole panels.
+STRIP = 32
 
 _SYMBOLS = {types.float32: "gpugrad_sgemm", types.float64: "gpugrad_dgemm"}
 
@@ -96,27 +100,6 @@ def _blas_threads(typing):
     return types.int32(), code
 
 
-@intrinsic
-def _pointer(typing, address, like):
-    """The elements at an address, of the type of `like`."""
-
-    def code(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.intp, like), code
-
-
-@intrinsic
-def _size(typing, like):
-    """Bytes of a number of the type of `like`, known when the code is compiled."""
-    size = like.bitwidth // 8
-
-    def code(context, builder, signature, args):
-        return context.get_constant(types.int64, size)
-
-    return types.int64(like), code
-
-
 @device
 def _address(x):
     return np.int64(x.ctypes.data)
@@ -128,7 +111,7 @@ def _lead(x):
 
     Their leading dimension, negative if BLAS has to transpose them; 0 if it cannot read them.
     """
-    size = _size(T(0))
+    size = size_of(T(0))
     rows, columns = x.shape[x.ndim - 2], x.shape[x.ndim - 1]
     down, right = x.strides[x.ndim - 2], x.strides[x.ndim - 1]
     if (_address(x) | down | right) & (size - 1):  # not aligned
@@ -205,7 +188,7 @@ def _block(m, n, k, a, lda, b, ldb, beta, c, ldc):
 def _bounds(x):
     """The first byte that an array touches, and the first behind it."""
     low = _address(x)
-    high = low + _size(T(0))
+    high = low + size_of(T(0))
     for axis in range(x.ndim):
         reach = (x.shape[axis] - 1) * x.strides[axis]
         low += min(reach, 0)
@@ -254,8 +237,8 @@ def rows_product(a, a_transposed, b, b_transposed, out):
 
 
 # -- many, or a large one -------------------------------------------------------------------------
-# All arrays have four axes here, the first two for the batch; those of an operand that is broadcast
-# are of length 1. A *unit* of the work is a piece of one product of the batch.
+# All operands have four axes here, the first two for the batch; those of one that is broadcast are
+# of length 1. A *unit* of the work is a piece of one product of the batch.
 
 
 @device
@@ -268,6 +251,12 @@ def _operand(x, step):
 
 
 @device
+def packed_size(n, k):
+    """Elements of the panels of a matrix (k, n)."""
+    return (n + panel() - 1) // panel() * panel() * k
+
+
+@device
 def _transposed(operand):
     address, lead, outer, inner, step = operand
     return address, -lead, outer, inner, step
@@ -277,11 +266,11 @@ def _transposed(operand):
 def _share(sizes, left, right, result, mode, part, parts):
     """One thread's part of the units; see :func:`_many` for the numbers."""
     outer, inner, m, n, k = sizes
-    beta, pieces, across = mode
+    beta, pieces, across, b_panel = mode
     a0, lda, a_outer, a_inner, a_step = left
     b0, ldb, b_outer, b_inner, b_step = right
     c0, ldc, c_outer, c_inner = result
-    size = _size(T(0))
+    size = size_of(T(0))
     side = n if across else m
     strips = (side + STRIP - 1) // STRIP
     units = outer * inner * pieces
@@ -295,15 +284,22 @@ def _share(sizes, left, right, result, mode, part, parts):
         a = a0 + i * a_outer + j * a_inner
         b = b0 + i * b_outer + j * b_inner
         c = c0 + i * c_outer + j * c_inner
+        rows, columns = m, n
         if across:
-            _block(m, high - low, k, a, lda, b + low * b_step, ldb, beta, c + low * size, ldc)
-            continue
-        row = ldc * size
-        _block(high - low, n, k, a + low * a_step, lda, b, ldb, beta, c + low * row, ldc)
+            columns = high - low
+            b, c = b + low * b_step, c + low * size
+        else:
+            rows = high - low
+            a, c = a + low * a_step, c + low * ldc * size
+        if b_panel > 0:
+            a_i, a_k = (lda, 1) if lda > 0 else (1, -lda)
+            direct(rows, columns, k, a, a_i, a_k, b, ldb, b_panel, c, ldc, beta != T(0))
+        else:
+            _block(rows, columns, k, a, lda, b, ldb, beta, c, ldc)
 
 
-def _many(a, b, out, beta, threads):
-    """Products of a batch on so many threads.
+def _many(a, b, out, beta, threads, room):
+    """Products of a batch on so many threads; `room` is for a right operand that is packed.
 
     Returns what must be copied first, when nothing has been done; see :func:`_obstacles`.
     """
@@ -324,7 +320,20 @@ def _many(a, b, out, beta, threads):
         pieces = 1
         if items < 8 * parts:  # whole products would not divide evenly
             pieces = min(parts, max(1, work // GRAIN))
-        mode = (beta, pieces, n > m)
+        b_panel = 0
+        if suits(m, n, k):
+            if right[1] > 0:
+                b_panel = panel()
+            elif items == 1 and room.size >= packed_size(n, k):
+                width, size, to = panel(), size_of(T(0)), _address(room)
+                for p in prange((n + width - 1) // width):
+                    pack_turned(
+                        right[0] - p * width * right[1] * size, -right[1],
+                        min(width, n - p * width), k, to + p * k * width * size, width,
+                    )  # fmt: skip
+                right = (to, width, 0, 0, k * size)
+                b_panel = k * width
+        mode = (beta, pieces, n > m, b_panel)
         for part in prange(parts):
             _share(sizes, left, right, result, mode, part, parts)
     return found

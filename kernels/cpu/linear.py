@@ -23,8 +23,8 @@ from gpugrad.kernels.cpu import products
 from gpugrad.kernels.cpu.bias import CHUNKS
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import BLOCK, LABEL
-from gpugrad.kernels.cpu.few_rows import weight_gradient
 from gpugrad.kernels.cpu.gemm import GRAIN, available, rows_product
+from gpugrad.kernels.cpu.weight_gradient import weight_gradient
 from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, read, write
 from gpugrad.ops import formulas

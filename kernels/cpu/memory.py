@@ -5,19 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
 from gpugrad.backend.scratch import empty
-from gpugrad.kernels.cpu.compile import parallel, serial
+from gpugrad.kernels.cpu.compile import VECTOR, parallel, serial
 from gpugrad.kernels.template import T, device
 
-__all__ = ["address", "channels_last", "clear", "copy", "places_inside", "pointer", "size_of"]
+__all__ = [
+    "address",
+    "channels_last",
+    "clear",
+    "copy",
+    "places_inside",
+    "pointer",
+    "size_of",
+    "turn",
+]
 
 Array = np.ndarray[Any, Any]
 
-#: Elements of a row that are turned at a time: a line of the cache.
-LINE = 16
+#: Elements of a matrix that are turned together, about, and a line of the cache: pieces are as wide
+#: as some of them.
+PIECE, LINE = 1 << 13, 16
 
 
 @intrinsic
@@ -70,28 +81,70 @@ def clear(target, n):
         a[i] = T(0)
 
 
+@intrinsic
+def _turn_block(typing, zero, source, down, target, to_down):
+    """Turn a block as wide and high as a vector is long, in registers; strides in bytes.
+
+    Row i and column j change places bit by bit of their numbers: for each bit, of two rows that
+    differ in it alone, the halves are exchanged that differ in it the other way round.
+    """
+    vector, word = VECTOR, types.int64
+
+    def code(context, builder, signature, args):
+        _, source, down, target, to_down = args
+        n = vector // (zero.bitwidth // 8)
+        line, pointer = ir.VectorType(context.get_value_type(zero), n), ir.PointerType()
+        mask, align = ir.VectorType(ir.IntType(32), n), zero.bitwidth // 8
+
+        def place(address, step, i):
+            moved = builder.add(address, builder.mul(step, step.type(i)))
+            return builder.inttoptr(moved, pointer)
+
+        rows = [builder.load(place(source, down, i), align=align, typ=line) for i in range(n)]
+        bit = n // 2
+        while bit:
+            upper = ir.Constant(mask, [n + j - bit if j & bit else j for j in range(n)])
+            lower = ir.Constant(mask, [n + j if j & bit else j + bit for j in range(n)])
+            for i in range(n):
+                if not i & bit:
+                    a, b = rows[i], rows[i + bit]
+                    rows[i] = builder.shuffle_vector(a, b, upper)
+                    rows[i + bit] = builder.shuffle_vector(a, b, lower)
+            bit //= 2
+        for i, row in enumerate(rows):
+            builder.store(row, place(target, to_down, i), align=align)
+        return context.get_dummy_value()
+
+    return types.void(zero, word, word, word, word), code
+
+
 @serial
-def _turn(source, target, rows, columns, first, last):
-    """target[j, i] = source[i, j] for columns from `first` to `last`."""
+def turn(source, down, rows, columns, target, to_down):
+    """target[j, i] = source[i, j] for matrices whose rows are so many elements apart."""
+    size = size_of(T(0))
+    n = VECTOR // size
     a, b = pointer(source, T(0)), pointer(target, T(0))
-    for start in range(first, last, LINE):
-        stop = min(start + LINE, last)
-        for i in range(rows):
-            for j in range(start, stop):
-                b[j * rows + i] = a[i * columns + j]
+    whole, even = rows // n * n, columns // n * n
+    for i in range(0, whole, n):
+        for j in range(0, even, n):
+            _turn_block(T(0), source + (i * down + j) * size, down * size,
+                        target + (j * to_down + i) * size, to_down * size)  # fmt: skip
+    for i in range(rows):
+        for j in range(even if i < whole else 0, columns):
+            b[j * to_down + i] = a[i * down + j]
 
 
 @parallel
 def _turn_all(source, target, items, rows, columns):
-    size = size_of(T(0)) * rows * columns
-    # Pieces of some thousand elements.
-    width = max(LINE, 8192 // rows // LINE * LINE)
+    one = size_of(T(0))
+    size = one * rows * columns
+    width = max(LINE, PIECE // rows // LINE * LINE)
     pieces = (columns + width - 1) // width
     for unit in prange(items * pieces):
         item, piece = unit // pieces, unit % pieces
         low = piece * width
-        _turn(source + item * size, target + item * size, rows, columns, low,
-              min(low + width, columns))  # fmt: skip
+        turn(source + item * size + low * one, columns, rows, min(width, columns - low),
+             target + item * size + low * rows * one, rows)  # fmt: skip
 
 
 def channels_last(x: Array) -> Array:

@@ -24,7 +24,8 @@ How to call it, from a `@serial` or `@parallel` template (`kernels/cpu/compile.p
 * Columns of C are contiguous, `c_i` leads from row to row. With `accumulate` the sums are added to
   what C holds; without it, that does not matter, and sums over nothing are 0.
 * The sum of an element is taken in the order of `p`, then of `q`, one multiply-add after another,
-  whatever `m` and `n` are: how the work is cut changes no bit of it.
+  and added to what C holds at the end, whatever `m` and `n` are: how the work is cut along these
+  changes no bit of it. Long sums are the more exact for being taken in a few parts.
 
 It is quickest where `q` is 16 or more, `n` a multiple of `panel()`, and one panel of B fits into
 the processor's nearest cache or the next.
@@ -44,20 +45,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from gpugrad.kernels.cpu.compile import CpuTemplate, _host_features, serial
-from gpugrad.kernels.cpu.memory import size_of
+from gpugrad.kernels.cpu.compile import VECTOR, CpuTemplate, serial
+from gpugrad.kernels.cpu.memory import clear, size_of, turn
 from gpugrad.kernels.template import T, Target, arithmetic, device
 
-__all__ = ["pack", "packed_shape", "panel", "product"]
+__all__ = ["pack", "pack_turned", "packed_shape", "panel", "product"]
 
-
-def _vector_bytes() -> int:
-    features = _host_features()
-    return 64 if "avx512f" in features else 32 if "avx2" in features else 16
-
-
-#: Bytes of this processor's vectors. Any compiler target can do with any number.
-VECTOR = _vector_bytes()
 
 #: Rows of C that its registers hold, two vectors wide, beside two vectors of B and an element of A.
 ROWS = 14 if VECTOR == 64 or platform.machine().lower() in ("aarch64", "arm64") else 6
@@ -164,9 +157,6 @@ class _Writer:
         within = [builder.mul(a_i, n.type(i)) for i in range(group)]
         cells = [(i, v) for i in range(rows) for v in range(vectors)]
         sums = {cell: self.variable(ir.Constant(self.vector, None)) for cell in cells}
-        with builder.if_then(accumulate):
-            for i, v in cells:
-                builder.store(self.read(c_rows[i], v, masks[v]), sums[i, v])
         a_outer, b_outer = [self.variable(x) for x in starts], self.variable(b)
         with cgutils.for_range(builder, p_end):
             a_inner = [self.variable(builder.load(x)) for x in a_outer]
@@ -187,6 +177,10 @@ class _Writer:
             for x in a_outer:
                 self.advance(x, a_p)
             self.advance(b_outer, b_p)
+        with builder.if_then(accumulate):
+            for i, v in cells:
+                before = self.read(c_rows[i], v, masks[v])
+                builder.store(builder.fadd(before, builder.load(sums[i, v])), sums[i, v])
         for i, v in cells:
             self.write(builder.load(sums[i, v]), c_rows[i], v, masks[v])
 
@@ -250,15 +244,29 @@ def packed_shape(rows: int, n: int, dtype: Any) -> tuple[int, int, int]:
 @serial
 def pack(b, packed):
     """Copy B, an array (rows, n) of any strides, panel by panel; what is left over becomes 0."""
-    width = packed.shape[2]
+    size = size_of(T(0))
+    rows, width = b.shape[0], packed.shape[2]
     n = b.shape[1]
+    turned = b.strides[0] == size and b.strides[1] > 0
     for k in range(packed.shape[0]):
         there = min(width, n - k * width)
-        for i in range(b.shape[0]):
+        if turned:
+            pack_turned(b[:, k * width :].ctypes.data, b.strides[1] // size, there, rows,
+                        packed[k].ctypes.data, width)  # fmt: skip
+            continue
+        for i in range(rows):
             for j in range(there):
                 packed[k, i, j] = b[i, k * width + j]
             for j in range(there, width):
                 packed[k, i, j] = T(0)
+
+
+@serial
+def pack_turned(source, down, there, rows, panel, width):
+    """One panel, of `there` columns that are contiguous, `down` from each to the next."""
+    if there < width:
+        clear(panel, rows * width)
+    turn(source, down, there, rows, panel, width)
 
 
 @serial

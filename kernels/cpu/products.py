@@ -8,6 +8,7 @@ straight into the array given for it, and is added to what that holds if so want
 from __future__ import annotations
 
 import math
+import threading
 from threading import RLock
 from typing import Any
 
@@ -16,8 +17,11 @@ from numba import types
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel, kernel_mode
+from gpugrad.backend.scratch import empty
 from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import pool
+from gpugrad.kernels.cpu.compile import VECTOR
+from gpugrad.kernels.cpu.direct import LARGEST
 from gpugrad.kernels.cpu.gemm import GRAIN, available, gemm, many, one
 
 __all__ = ["available", "gemm", "matmul"]
@@ -37,8 +41,9 @@ class _Compiled:
         self._storage = storage
         self._launch: pool.Launch = many[storage]
         self._threaded = False
+        self._room = types.Array(getattr(types, storage), 1, "C")
         self.one = self._fixed(one[storage], 2)
-        self.alone = self._fixed(self._launch.alone, 4, types.int64)
+        self.alone = self._fixed(self._launch.alone, 4, types.int64, self._room)
 
     @property
     def many(self) -> pool.Launch:
@@ -46,7 +51,7 @@ class _Compiled:
         if not self._threaded:
             with _compiling:
                 if not self._threaded:
-                    self._fixed(self._launch.threaded, 4, types.int64)
+                    self._fixed(self._launch.threaded, 4, types.int64, self._room)
                     self._threaded = True
         return self._launch
 
@@ -120,7 +125,7 @@ def matmul(
             if left[0] * left[1] * right[1] >= 2 * GRAIN:
                 threads = pool.get_num_threads()
                 run = compiled.many if threads > 1 else compiled.alone
-                if not run(_stack(a), _stack(b), _stack(made), beta, threads):
+                if not run(_stack(a), _stack(b), _stack(made), beta, threads, _room(b)):
                     return made
             elif not compiled.one(a, b, made, beta):
                 return made
@@ -130,6 +135,27 @@ def matmul(
 def _stack(x: Array) -> Array:
     """A matrix as a batch of one."""
     return x[None, None]
+
+
+class _Rooms(threading.local):
+    """Memory of each thread for a matrix that is packed, kept: new pages cost more than packing."""
+
+    def __init__(self) -> None:
+        self.by_dtype = {np.dtype(name): empty((0,), name) for name in ("float32", "float64")}
+
+
+_rooms = _Rooms()
+
+
+def _room(b: Array) -> Array:
+    """Where a right operand may be packed, if its rows do not lie in a row."""
+    have = _rooms.by_dtype[b.dtype]
+    if b.strides[-1] == b.itemsize:
+        return have[:0]
+    wanted = b.shape[-2] * (b.shape[-1] + 2 * VECTOR)
+    if have.size < wanted and b.nbytes <= LARGEST:
+        have = _rooms.by_dtype[b.dtype] = empty((wanted,), b.dtype)
+    return have
 
 
 def _general(
@@ -175,7 +201,7 @@ def _written(
     work = out.size * a.shape[-1]
     threads = pool.get_num_threads() if work >= 2 * GRAIN else 1
     run = compiled.many if threads > 1 else compiled.alone
-    more = (1.0 if accumulate else 0.0, threads)
+    more = (1.0 if accumulate else 0.0, threads, _room(b))
     left, right, target = (_four_axes(x, batch) for x in (a, b, out))
     found = run(left, right, target, *more)
     if 0 < found < 4:

@@ -22,12 +22,14 @@ from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial
+from gpugrad.kernels.cpu.direct import DEPTH, LARGEST, STRIP, direct
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.gemm import GRAIN
-from gpugrad.kernels.cpu.microkernel import pack, packed_shape, product
+from gpugrad.kernels.cpu.memory import address, size_of
+from gpugrad.kernels.cpu.microkernel import pack, packed_shape, panel, product
 from gpugrad.kernels.cpu.products import matmul
 from gpugrad.kernels.formula import formula
-from gpugrad.kernels.template import Placeholder
+from gpugrad.kernels.template import Placeholder, T
 from gpugrad.kernels.trace import scalar_function
 from gpugrad.ops import cells
 
@@ -35,12 +37,6 @@ Array = np.ndarray[Any, Any]
 
 #: Rows of a matrix that are packed at a time.
 BLOCK = 16
-
-#: Columns up to which a sum of products is quicker here than by BLAS, and the parts of it that are
-#: worked on at a time: rows of the result, and products that are added up.
-NARROW = 128
-ROWS = 48
-DEPTH = 256
 
 cell: Any = Placeholder("cell")
 partial: Any = Placeholder("partial")
@@ -143,12 +139,12 @@ def _add(total, x):
 
 @serial
 def _forward_part(
-    x, packed_x, z, bias, packed, apart, h0, c0, output, states, reverse, low, high
+    x, packed_x, z, bias, packed, apart, h0, c0, begun, output, states, reverse, low, high
 ):  # fmt: skip
     """All steps of the sequences from `low` to `high`.
 
     The input has no share in the last `apart` columns of `z`, and the hidden state none in as many
-    before them.
+    before them. Without `begun`, `h0` is zero.
     """
     steps, _, columns = z.shape
     features, n, width = x.shape[2], output.shape[2], packed.shape[2]
@@ -162,17 +158,18 @@ def _forward_part(
             before = t + 1 if reverse else t - 1
             hidden, state = output[before], states[before]
         now, to = z[t], output[t]
+        depth = n if s > 0 or begun else 0
         product(
             high - low, columns - apart, 1, features, x[t, low:].ctypes.data, (features, 0, 1),
             packed_x.ctypes.data, (0, width, features * width), now[low:].ctypes.data, columns,
             False,
         )  # fmt: skip
         product(
-            high - low, shared, 1, n, hidden[low:].ctypes.data, (n, 0, 1), packed.ctypes.data,
+            high - low, shared, 1, depth, hidden[low:].ctypes.data, (n, 0, 1), packed.ctypes.data,
             strides, now[low:].ctypes.data, columns, True,
         )  # fmt: skip
         product(
-            high - low, apart, 1, n, hidden[low:].ctypes.data, (n, 0, 1),
+            high - low, apart, 1, depth, hidden[low:].ctypes.data, (n, 0, 1),
             packed[panels:].ctypes.data, strides, now[low:, columns - apart :].ctypes.data,
             columns, False,
         )  # fmt: skip
@@ -181,22 +178,23 @@ def _forward_part(
 
 
 @parallel
-def _forward(x, packed_x, z, bias, packed, apart, h0, c0, output, states, reverse, parts):
+def _forward(x, packed_x, z, bias, packed, apart, h0, c0, begun, output, states, reverse, parts):
     batch = z.shape[1]
     for part in prange(parts):
         _forward_part(
-            x, packed_x, z, bias, packed, apart, h0, c0, output, states, reverse,
+            x, packed_x, z, bias, packed, apart, h0, c0, begun, output, states, reverse,
             batch * part // parts, batch * (part + 1) // parts,
         )  # fmt: skip
 
 
 @serial
 def _backward_part(
-    gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, reverse, low, high
+    gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, begun, reverse, low, high
 ):  # fmt: skip
     """All steps of the sequences from `low` to `high`, the last to be computed first.
 
-    `g` holds the gradient of the output, of every step or of none (zeros, once).
+    `g` holds the gradient of the output, of every step or of none (zeros, once). Without `begun`,
+    nobody asks for the gradient of the hidden state before the first step.
     """
     steps = gates.shape[0]
     columns, n, width = gq.shape[2], gh.shape[1], packed.shape[2]
@@ -210,18 +208,22 @@ def _backward_part(
             backward_row(
                 now[i], given[i], gh[i], gc[i], before[i], after[i], to[i], of[i], totals[i]
             )
-        product(
-            high - low, n, 1, columns, of[low:].ctypes.data, (columns, 0, 1), packed.ctypes.data,
-            (0, width, columns * width), gh[low:].ctypes.data, n, accumulate,
-        )  # fmt: skip
+        if s > 0 or begun:
+            product(
+                high - low, n, 1, columns, of[low:].ctypes.data, (columns, 0, 1),
+                packed.ctypes.data, (0, width, columns * width), gh[low:].ctypes.data, n,
+                accumulate,
+            )  # fmt: skip
 
 
 @parallel
-def _backward(gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, reverse, parts):
+def _backward(
+    gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, begun, reverse, parts
+):  # fmt: skip
     batch = gates.shape[1]
     for part in prange(parts):
         _backward_part(
-            gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, reverse,
+            gates, g, first, states, packed, gh, gc, gp, gq, totals, accumulate, begun, reverse,
             batch * part // parts, batch * (part + 1) // parts,
         )  # fmt: skip
 
@@ -241,24 +243,28 @@ def _pack(b, packed, parts):
 
 
 @serial
-def _sum_part(g, packed, out, low, high):
-    """Rows of `out` from `low` to `high`, which are columns of `g`."""
-    steps, columns = g.shape
-    n, width = out.shape[1], packed.shape[2]
-    for k in range(0, steps, DEPTH):
-        for i in range(low, high, ROWS):
-            product(
-                min(ROWS, high - i), n, 1, min(DEPTH, steps - k), g[k:, i:].ctypes.data,
-                (1, 0, columns), packed[:, k:].ctypes.data, (0, width, steps * width),
-                out[i:].ctypes.data, n, k > 0,
-            )  # fmt: skip
+def _weights_strip(
+    gp, gq, x, before, one, other, rows, later, columns, inputs, hidden, accumulate, low, high
+):  # fmt: skip
+    """Rows from `low` to `high` of both weights' gradients."""
+    size, count = size_of(T(0)), high - low
+    direct(count, inputs, rows, gp + low * size, 1, columns, x, inputs, panel(),
+           one + low * inputs * size, inputs, accumulate)  # fmt: skip
+    direct(count, hidden, later, gq + low * size, 1, columns, before, hidden, panel(),
+           other + low * hidden * size, hidden, accumulate)  # fmt: skip
 
 
 @parallel
-def _sum_products(g, packed, out, parts):
-    rows = out.shape[0]
-    for part in prange(parts):
-        _sum_part(g, packed, out, rows * part // parts, rows * (part + 1) // parts)
+def _weights(
+    gp, gq, x, before, one, other, rows, later, columns, inputs, hidden, accumulate, parts
+):  # fmt: skip
+    """one (+)= gpᵀ·x over `rows` rows, and other (+)= gqᵀ·before over `later` of them."""
+    strips = ((columns + STRIP - 1) // STRIP + parts - 1) // parts * parts
+    for strip in prange(strips):
+        _weights_strip(
+            gp, gq, x, before, one, other, rows, later, columns, inputs, hidden, accumulate,
+            columns * strip // strips, columns * (strip + 1) // strips,
+        )  # fmt: skip
 
 
 # -- launching ------------------------------------------------------------------------------------
@@ -325,12 +331,14 @@ def _added(storage: str, rows: int, *biases: Array | None) -> Array:
 
 def _walk(
     kind: str, storage: str, x: Array, weight_ih: Array, z: Array, bias: Array, packed: Array,
-    apart: int, h0: Array, c0: Array, output: Array, states: Array, reverse: bool,
+    apart: int, h0: Any, c0: Any, output: Array, states: Array, reverse: bool,
 ) -> None:  # fmt: skip
     """The forward of a layer."""
+    begun = h0 is not None
+    h0, c0 = (np.zeros(output.shape[1:], storage) if s is None else s for s in (h0, c0))
     _loops(kind)[0][storage](
-        x, _packed(storage, weight_ih.T), z, bias, packed, apart, h0, c0, output, states, reverse,
-        _parts(x.shape[1], z.size * (x.shape[2] + output.shape[2])),
+        x, _packed(storage, weight_ih.T), z, bias, packed, apart, h0, c0, begun, output, states,
+        reverse, _parts(x.shape[1], z.size * (x.shape[2] + output.shape[2])),
     )  # fmt: skip
 
 
@@ -349,10 +357,9 @@ def rnn_layer(
     )
     (steps, batch, _), n = x.shape, weight_hh.shape[0]
     output = empty((steps, batch, n), storage)
-    h0 = np.zeros((batch, n), storage) if h0 is None else h0
     _walk(
         nonlinearity, storage, x, weight_ih, output, _added(storage, n, bias_ih, bias_hh),
-        _packed(storage, weight_hh.T), 0, h0, h0, output, output, reverse,
+        _packed(storage, weight_hh.T), 0, h0, None, output, output, reverse,
     )  # fmt: skip
     return _narrow(dtype, output, output[0 if reverse else -1].copy())
 
@@ -369,7 +376,6 @@ def lstm_layer(
     (steps, batch, _), n = x.shape, weight_hh.shape[1]
     gates = empty((steps, batch, 4 * n), storage)
     output, states = (empty((steps, batch, n), storage) for _ in range(2))
-    h0, c0 = (np.zeros((batch, n), storage) if s is None else s for s in (h0, c0))
     _walk(
         "lstm", storage, x, weight_ih, gates, _added(storage, 4 * n, bias_ih, bias_hh),
         _packed(storage, weight_hh.T), 0, h0, c0, output, states, reverse,
@@ -390,7 +396,6 @@ def gru_layer(
     (steps, batch, _), n = x.shape, weight_hh.shape[1]
     gates = empty((steps, batch, 4 * n), storage)
     output = empty((steps, batch, n), storage)
-    h0 = np.zeros((batch, n), storage) if h0 is None else h0
     bias = np.zeros(4 * n, storage)  # the candidate's two biases do not meet
     if bias_ih is not None:
         bias[: 3 * n] = bias_ih
@@ -400,105 +405,137 @@ def gru_layer(
     w = weight_hh.T
     _walk(
         "gru", storage, x, weight_ih, gates, bias,
-        _packed(storage, w[:, : 2 * n], w[:, 2 * n :]), n, h0, h0, output, output, reverse,
+        _packed(storage, w[:, : 2 * n], w[:, 2 * n :]), n, h0, None, output, output, reverse,
     )  # fmt: skip
     return _narrow(dtype, output, output[0 if reverse else -1].copy(), gates)
 
 
-def _walk_back(
-    kind: str, storage: str, gates: Array, weight_hh: Array, first: Any, states: Array,
-    g_output: Any, gh: Any, gc: Any, gp: Array, gq: Array, reverse: bool,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """The backward of a layer: gradients of the first hidden state, cell state, and the bias.
+# Going back, gates have gradients as large as themselves. Nobody keeps them: some steps at a time,
+# what they give the weights and the input is computed while they are in the cache.
 
-    That of the bias has been added up over the steps of each sequence: the sums do not depend on
-    who computes which.
+
+def _gradients(
+    kind: str, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, first: Any, output: Array,
+    states: Array, gates: Array, g_output: Any, gh: Any, gc: Any, reverse: bool, needs: Any,
+    homes: tuple[Any, Any],
+) -> tuple[Any, Any, Any, Array, Array, Array]:  # fmt: skip
+    """Gradients of the input, of both weights, the sums of biases, and of the first states.
+
+    `states` is what goes from step to step beside the product, and `first` what it began with. The
+    sums of biases are taken over the steps of each sequence first: they do not depend on who
+    computes which.
     """
-    shape = states.shape[1:]
-    first = np.zeros(shape, storage) if first is None else first
-    g_output = np.zeros((1, *shape), storage) if g_output is None else g_output
-    gh, gc = (np.zeros(shape, storage) if g is None else g.copy() for g in (gh, gc))
-    totals = np.zeros((shape[0], gates.shape[-1]), storage)
-    _loops(kind)[1][storage](
-        gates, g_output, first, states, _packed(storage, weight_hh), gh, gc, gp, gq, totals,
-        kind == "gru", reverse, _parts(shape[0], gq.size * shape[1]),
+    storage = _storage(x)
+    arrays = (x, weight_ih, weight_hh, h0, first, output, states, gates, g_output, gh, gc)
+    x, weight_ih, weight_hh, h0, first, output, states, gates, g_output, gh, gc = _contiguous(
+        storage, *arrays
+    )
+    (steps, batch, inputs), (columns, n) = x.shape, weight_hh.shape
+    begun = needs[5] or h0 is not None
+    first = np.zeros((batch, n), storage) if first is None else first
+    g_output = np.zeros((1, batch, n), storage) if g_output is None else g_output
+    gh, gc = (np.zeros((batch, n), storage) if g is None else g.copy() for g in (gh, gc))
+    totals, packed = np.zeros((batch, gates.shape[-1]), storage), _packed(storage, weight_hh)
+    gx = empty(x.shape, storage) if needs[0] else None
+    one, other = (
+        _home(storage, (columns, size), home) if wanted else np.empty((0, 0), storage)
+        for size, wanted, home in zip((inputs, n), needs[1:3], homes)
+    )
+    # As many rows as are added up together anyway, if the weights' gradients stay in the cache.
+    together = one.nbytes + other.nbytes <= LARGEST
+    length = min(steps, max(1, DEPTH // max(1, batch))) if together else steps
+    gp = empty((length, batch, columns), storage)
+    gq = empty(gp.shape, storage) if kind == "gru" else gp
+    order = range(0, steps, length)
+    for low in order if reverse else reversed(order):
+        high = min(low + length, steps)
+        ends = high == steps if reverse else low == 0  # with the step that was computed first
+        before = first if ends else states[high if reverse else low - 1]
+        given = g_output[low:high] if len(g_output) == steps else g_output
+        _loops(kind)[1][storage](
+            gates[low:high], given, before, states[low:high], packed, gh, gc, gp[: high - low],
+            gq[: high - low], totals, kind == "gru", begun or not ends, reverse,
+            _parts(batch, gp.size * n),
+        )  # fmt: skip
+        rows, later = (high - low) * batch, (high - low - ends) * batch
+        flat = gp[: high - low].reshape(rows, columns)
+        begin = int(ends and not reverse)
+        hidden = output[low + 1 :] if reverse else output[max(low - 1, 0) :]
+        if gx is not None:
+            matmul(flat, weight_ih, gx[low:high].reshape(rows, inputs))
+        if together:
+            _weights[storage](
+                address(gp), address(gq[begin:]), address(x[low:]), address(hidden), address(one),
+                address(other), rows, later, columns, one.shape[1], other.shape[1],
+                low > 0 if reverse else high < steps,
+                _parts(columns, rows * columns * (one.shape[1] + other.shape[1])),
+            )  # fmt: skip
+            continue
+        if needs[1]:
+            matmul(flat.T, x.reshape(rows, inputs), one)
+        if needs[2]:
+            after, earlier = gq[begin : begin + steps - 1], hidden[: steps - 1]
+            matmul(after.reshape(later, columns).T, earlier.reshape(later, n), other)
+    if h0 is not None and needs[2]:
+        matmul(gq[high - low - 1 if reverse else 0].T, h0, other, accumulate=True)
+    total = totals.sum(axis=0, dtype=np.float64).astype(storage)
+    return gx, one if needs[1] else None, other if needs[2] else None, total, gh, gc
+
+
+def _home(storage: str, shape: tuple[int, ...], home: Any) -> Array:
+    """Where a gradient goes."""
+    return empty(shape, storage) if home is None or not home.flags.c_contiguous else home
+
+
+def rnn_gradients(
+    m: Backend, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, output: Array, g: Any,
+    nonlinearity: str, reverse: bool, needs: Any, *homes: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The backward of a plain layer."""
+    g_output, g_hidden = g
+    *found, total, gh, _ = _gradients(
+        nonlinearity, x, weight_ih, weight_hh, h0, None, output, output, output, g_output,
+        g_hidden, None, reverse, needs, homes,
     )  # fmt: skip
-    total = totals.sum(axis=0, dtype=np.float64)
-    return gh, gc, total.astype(storage)
+    gb = total if needs[3] or needs[4] else None
+    return *found, gb, gb, gh
 
 
-def rnn_backward(
-    m: Backend, output: Array, weight_hh: Array, g_output: Any, g_hidden: Any, nonlinearity: str,
-    reverse: bool, biased: bool,
+def lstm_gradients(
+    m: Backend, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, c0: Any, output: Array,
+    cell: Array, gates: Array, g: Any, reverse: bool, needs: Any, *homes: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The walk back of a plain layer."""
-    storage = _storage(output)
-    output, weight_hh, g_output, g_hidden = _contiguous(
-        storage, output, weight_hh, g_output, g_hidden
-    )
-    g = empty(output.shape, storage)
-    gh, _, gb = _walk_back(
-        nonlinearity, storage, output, weight_hh, None, output, g_output, g_hidden, None, g, g,
-        reverse,
+    """The backward of a layer of long short-term memory."""
+    g_output, g_hidden, g_cell, *_ = g
+    *found, total, gh, gc = _gradients(
+        "lstm", x, weight_ih, weight_hh, h0, c0, output, cell, gates, g_output, g_hidden, g_cell,
+        reverse, needs, homes,
     )  # fmt: skip
-    return g, gh, gb if biased else None
+    gb = total if needs[3] or needs[4] else None
+    return *found, gb, gb, gh, gc
 
 
-def lstm_backward(
-    m: Backend, gates: Array, states: Array, weight_hh: Array, c0: Any, g_output: Any,
-    g_hidden: Any, g_cell: Any, g_cells: Any, g_gates: Any, reverse: bool, biased: bool,
+def gru_gradients(
+    m: Backend, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, output: Array, gates: Array,
+    g: Any, reverse: bool, needs: Any, *homes: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """The walk back of a layer of long short-term memory."""
-    storage = _storage(gates)
-    gates, states, weight_hh, c0, g_output, g_hidden, g_cell = _contiguous(
-        storage, gates, states, weight_hh, c0, g_output, g_hidden, g_cell
-    )
-    g = empty(gates.shape, storage)
-    gh, gc, gb = _walk_back(
-        "lstm", storage, gates, weight_hh, c0, states, g_output, g_hidden, g_cell, g, g, reverse
-    )
-    return g, gh, gc, gb if biased else None
-
-
-def gru_backward(
-    m: Backend, gates: Array, output: Array, weight_hh: Array, h0: Any, g_output: Any,
-    g_hidden: Any, g_gates: Any, reverse: bool, biased: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The walk back of a layer of gated recurrent units."""
-    storage = _storage(gates)
-    gates, output, weight_hh, h0, g_output, g_hidden = _contiguous(
-        storage, gates, output, weight_hh, h0, g_output, g_hidden
-    )
-    shape = (*output.shape[:2], weight_hh.shape[0])
-    gp, gq = empty(shape, storage), empty(shape, storage)
-    gh, _, total = _walk_back(
-        "gru", storage, gates, weight_hh, h0, output, g_output, g_hidden, None, gp, gq, reverse
-    )
-    if not biased:
-        return gp, gq, gh, None, None
+    """The backward of a layer of gated recurrent units."""
+    g_output, g_hidden, _ = g
+    *found, total, gh, _ = _gradients(
+        "gru", x, weight_ih, weight_hh, h0, h0, output, output, gates, g_output, g_hidden, None,
+        reverse, needs, homes,
+    )  # fmt: skip
+    if not (needs[3] or needs[4]):
+        return *found, None, None, gh
     n = output.shape[2]
-    return gp, gq, gh, total[: 3 * n], np.concatenate([total[: 2 * n], total[3 * n :]])
-
-
-def summed_products(m: Backend, g: Array, x: Array, home: Any) -> Array:
-    """The sum over all axes but the last of each element of `g` times each of `x`."""
-    rows, columns = g.shape[-1], x.shape[-1]
-    given, taken = g.reshape(-1, rows), x.reshape(-1, columns)
-    if columns > NARROW or len(given) == 0 or (home is not None and not home.flags.c_contiguous):
-        return matmul(given.T, taken, home)
-    storage = _storage(g)
-    given, taken = _contiguous(storage, given, taken)
-    out: Array = empty((rows, columns), storage) if home is None else home
-    parts = _parts(rows, given.size * columns)
-    _sum_products[storage](given, _packed(storage, taken), out, parts)
-    return out
+    return *found, total[: 3 * n], np.concatenate([total[: 2 * n], total[3 * n :]]), gh
 
 
 # -- the slots ------------------------------------------------------------------------------------
 
 
 def _refuse_arrays(*arrays: Any) -> str | None:
-    dtype = arrays[0].dtype
+    dtype = next(x.dtype for x in arrays if x is not None)
     for x in arrays:
         if x is None:
             continue
@@ -540,42 +577,33 @@ def _refuse_gates(gates: int) -> Any:
     return refuse
 
 
-def _refuse_rnn_backward(
-    m: Backend, output: Any, weight_hh: Any, g_output: Any, g_hidden: Any, *parameters: Any
-) -> str | None:
-    return _refuse_arrays(output, weight_hh, g_output, g_hidden)
+def _refuse_gradients(m: Backend, *operands: Any) -> str | None:
+    """Everything but the last four operands is arrays, or None, or several of them."""
+    *arrays, _reverse, _needs, weight_ih_home, weight_hh_home = operands
+    found = [weight_ih_home, weight_hh_home]
+    for x in arrays:
+        found += x if isinstance(x, tuple | list) else [] if isinstance(x, str) else [x]
+    return _refuse_arrays(*found)
 
 
-def _refuse_lstm_backward(
-    m: Backend, gates: Any, states: Any, weight_hh: Any, c0: Any, g_output: Any, g_hidden: Any,
-    g_cell: Any, g_cells: Any, g_gates: Any, reverse: bool, biased: bool,
-) -> str | None:  # fmt: skip
+def _refuse_lstm_gradients(m: Backend, *operands: Any) -> str | None:
+    *_, g_cells, g_gates = operands[8]
     if g_cells is not None or g_gates is not None:
         return "gradients that come by the cell states or the gates of single steps"
-    return _refuse_arrays(gates, states, weight_hh, c0, g_output, g_hidden, g_cell)
+    return _refuse_gradients(m, *operands)
 
 
-def _refuse_gru_backward(
-    m: Backend, gates: Any, output: Any, weight_hh: Any, h0: Any, g_output: Any, g_hidden: Any,
-    g_gates: Any, reverse: bool, biased: bool,
-) -> str | None:  # fmt: skip
-    if g_gates is not None:
+def _refuse_gru_gradients(m: Backend, *operands: Any) -> str | None:
+    if operands[6][-1] is not None:
         return "gradients that come by the gates of single steps"
-    return _refuse_arrays(gates, output, weight_hh, h0, g_output, g_hidden)
-
-
-def _refuse_sum(m: Backend, g: Any, x: Any, home: Any) -> str | None:
-    if why := _refuse_arrays(g, x, home):
-        return why
-    return "two-byte floats" if g.dtype.itemsize == 2 else None
+    return _refuse_gradients(m, *operands)
 
 
 KERNELS = {
     "rnn_layer": Kernel(rnn_layer, LABEL, _refuse_gates(1)),
     "lstm_layer": Kernel(lstm_layer, LABEL, _refuse_gates(4)),
     "gru_layer": Kernel(gru_layer, LABEL, _refuse_gates(3)),
-    "rnn_backward": Kernel(rnn_backward, LABEL, _refuse_rnn_backward),
-    "lstm_backward": Kernel(lstm_backward, LABEL, _refuse_lstm_backward),
-    "gru_backward": Kernel(gru_backward, LABEL, _refuse_gru_backward),
-    "summed_products": Kernel(summed_products, LABEL, _refuse_sum),
+    "rnn_gradients": Kernel(rnn_gradients, LABEL, _refuse_gradients),
+    "lstm_gradients": Kernel(lstm_gradients, LABEL, _refuse_lstm_gradients),
+    "gru_gradients": Kernel(gru_gradients, LABEL, _refuse_gru_gradients),
 }

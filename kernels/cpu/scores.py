@@ -10,7 +10,7 @@ import numpy as np
 
 from gpugrad.kernels.cpu.compile import serial
 from gpugrad.kernels.cpu.dropout import SPARE, _limit, _words
-from gpugrad.kernels.cpu.gemm import _pointer, _size
+from gpugrad.kernels.cpu.memory import pointer, size_of
 from gpugrad.kernels.cpu.microkernel import panel
 from gpugrad.kernels.template import T, device, exp, log, where
 
@@ -24,7 +24,7 @@ NONE, SEEN, ADDED = range(3)
 @device
 def row_at(x, b, h, i):
     """The address of a row."""
-    return x[0] + (b * x[1] + h * x[2] + i * x[3]) * _size(T(0))
+    return x[0] + (b * x[1] + h * x[2] + i * x[3]) * size_of(T(0))
 
 
 @serial
@@ -32,7 +32,7 @@ def turn(address, row, n, features, factor, packed):
     """Rows times a factor, as panels of columns for :func:`product`."""
     width = panel()
     for i in range(n):
-        x = _pointer(address + i * row * _size(T(0)), T(0))
+        x = pointer(address + i * row * size_of(T(0)), T(0))
         start = i // width * width * features + i % width
         for d in range(features):
             packed[start + d * width] = x[d] * factor
@@ -42,7 +42,7 @@ def turn(address, row, n, features, factor, packed):
 def clear(address, row, n, features):
     """Rows of zeros."""
     for i in range(n):
-        x = _pointer(address + i * row * _size(T(0)), T(0))
+        x = pointer(address + i * row * size_of(T(0)), T(0))
         for d in range(features):
             x[d] = T(0)
 
@@ -63,7 +63,7 @@ def hide(tile, m, n, distance):
 def mask_seen(tile, m, n, address, down, right):
     """Scores of keys that a mask hides; its strides count elements."""
     for k in range(n):
-        seen = _pointer(address + k * down, np.uint8(0))
+        seen = pointer(address + k * down, np.uint8(0))
         for j in range(m):  # without a branch: what a mask hides cannot be foretold
             tile[j, k] = where(seen[j * right] != 0, tile[j, k], T(-np.inf))
 
@@ -72,7 +72,7 @@ def mask_seen(tile, m, n, address, down, right):
 def mask_added(tile, m, n, address, down, right):
     """Scores and what a mask adds to them."""
     for k in range(n):
-        more = _pointer(address + k * down * _size(T(0)), T(0))
+        more = pointer(address + k * down * size_of(T(0)), T(0))
         for j in range(m):
             tile[j, k] += more[j * right]
 
@@ -85,7 +85,7 @@ def masked(tile, m, n, mask, b, h, i, j, is_causal):
     if kind == SEEN:
         mask_seen(tile, m, n, address + first, down, right)
     elif kind == ADDED:
-        mask_added(tile, m, n, address + first * _size(T(0)), down, right)
+        mask_added(tile, m, n, address + first * size_of(T(0)), down, right)
     if is_causal and j + m - 1 > i:
         hide(tile, m, n, j - i)
 
@@ -178,7 +178,7 @@ def differentiate_thinned(tile, other, kept, m, n, lse, level, scale):
 def finish(acc, n, out, top, total, address, row, sums):
     """Write results, and the logarithms of the sums of exponentials."""
     for i in range(n):
-        y = _pointer(address + i * row * _size(T(0)), T(0))
+        y = pointer(address + i * row * size_of(T(0)), T(0))
         # A query that sees nothing gets zeros; from infinity, its shares are found to be zeros.
         blind = total[i] == T(0)
         factor = T(0) if blind else T(1) / total[i]
@@ -192,8 +192,8 @@ def finish(acc, n, out, top, total, address, row, sums):
 def levels(g, y, n, out, level):
     """Of each query, the sum of its result times the gradient of that."""
     for i in range(n):
-        a = _pointer(g[0] + i * g[1] * _size(T(0)), T(0))
-        b = _pointer(y[0] + i * y[1] * _size(T(0)), T(0))
+        a = pointer(g[0] + i * g[1] * size_of(T(0)), T(0))
+        b = pointer(y[0] + i * y[1] * size_of(T(0)), T(0))
         total = T(0)
         for d in range(out):
             total += a[d] * b[d]

@@ -437,6 +437,8 @@ def gemm():
         yield product(a, b[(0,) * len(stack)])
         yield product(a.swapaxes(-1, -2), random(5, 3))
     yield product(random(30, 4), random(4, 5), accumulate=True)
+    # Its columns lie in a row: for the operand that would be packed then, there is no room.
+    yield product(random(33, 7), random(8, 7, seed=1).T, np.empty((8, 33), "float32").T)
     # Operands that lie in the memory of the result; the other one is below it.
     for start in (17, 24, 31, 40, 47):
         for turn in (lambda x: x, lambda x: x.T):
@@ -453,8 +455,10 @@ def gemm():
     for x in (windows, windows.T):
         yield product(x, random(x.shape[1], 3))
         yield product(random(3, x.shape[0]), x)
-    for shape in ((3, 2, 7), (1, 4, 3), (4, 1, 3), (4, 3, 1), (3, 0, 2)):
+    for shape in ((3, 2, 7), (1, 4, 3), (4, 1, 3), (4, 3, 1), (3, 0, 2), (5, 11, 17), (18, 4, 6)):
         yield from products_of(shape)
+    a, b = random(2, 6, 7), random(2, 8, 7, seed=1)
+    yield product(a, b.swapaxes(1, 2))
 
 
 def products_of(shape):
@@ -483,7 +487,9 @@ def small_products():
             if kernel_mode() == "off":
                 yield a.reshape(m, 6) @ b + (c if accumulate else 0)
                 continue
-            microkernel.pack["float32"](b, packed)
+            for lying in (b.T.copy().T, b):
+                microkernel.pack["float32"](lying, packed)
+                assert not np.concatenate(list(packed), 1)[:, n:].any()
             width, out = packed.shape[2], c.copy() if accumulate else np.full_like(c, NAN)
             microkernel.product["float32"](
                 m, n, 2, 3, memory.address(a), (6, 3, 1), memory.address(packed),
@@ -492,7 +498,7 @@ def small_products():
             yield out
 
 
-def few_rows():
+def weights():
     """The gradient of a weight, alone and at home, and what is noted of its squares there."""
     great = np.float32(1e25) * (np.arange(13) < 5) + np.float32(1)
     for rows, features, inputs in ((5, 13, 7), (20, 9, 12), (3, 4, 6), (21, 9, 12), (0, 9, 12)):

@@ -14,6 +14,7 @@ import pytest
 
 from gpugrad.kernels.cpu import attention, gemm, microkernel, pool, products
 from gpugrad.kernels.cpu import compile as compiler
+from gpugrad.kernels.cpu import memory as memory_
 from gpugrad.kernels.template import arithmetic
 
 #: The sizes of pieces of work, so small that small arrays have several, and an incomplete one.
@@ -35,17 +36,18 @@ SMALL = {
     "linear": {"BLOCK": 64, "CHUNKS": 5, "STRETCH": 3, "GRAIN": 1000},
     "layers": {"PIECE": 4},
     "moments": {"BLOCK": 64, "FEW": 3},
-    "gemm": {"GRAIN": 64, "STRIP": 4},
-    "products": {"GRAIN": 64},
-    "memory": {"LINE": 4},
+    "gemm": {"GRAIN": 64, "STRIP": 6},
+    "direct": {"ROWS": 4, "DEPTH": 5, "STRIP": 8, "LARGEST": 4000, "FEWEST": 5, "SHORTEST": 4},
+    "products": {"GRAIN": 64, "LARGEST": 4000, "VECTOR": 12},
+    "memory": {"LINE": 4, "PIECE": 64, "VECTOR": 12},
     "microkernel": {"VECTOR": 12, "ROWS": 4},
-    "few_rows": {"ROWS": 4, "VECTOR": 12, "BLOCK": 16, "MOST": 20, "LEAST": 40},
+    "weight_gradient": {"BLOCK": 16, "LEAST": 40, "LARGEST": 960, "STRIP": 8, "STRIPS": 3},
     "scores": {},
     "attention": {"QUERIES": 8, "KEYS": 6, "RANGE": 8, "ENOUGH": 3},
     "windows": {"DEPTH": 8},
     "convolution": {"CHUNKS": 3, "BAND": 400, "TOGETHER": 1200},
     "pooling": {},
-    "recurrent": {"BLOCK": 3, "NARROW": 8, "ROWS": 4, "DEPTH": 6, "GRAIN": 64},
+    "recurrent": {"BLOCK": 3, "STRIP": 8, "DEPTH": 6, "LARGEST": 4000, "GRAIN": 64},
 }
 
 
@@ -175,6 +177,11 @@ class _Memory:
         out = self.block(c, shape, (c_i, zero.itemsize), zero.dtype)
         out[...] = np.tensordot(left, right, 2) + (out if accumulate else 0)
 
+    def _turn_block(self, zero, source, down, target, to_down):
+        n = memory_.VECTOR // zero.itemsize
+        block = self.block(source, (n, n), (down, zero.itemsize), zero.dtype)
+        self.block(target, (n, n), (to_down, zero.itemsize), zero.dtype)[...] = block.T.copy()
+
     def _blas_threads(self):
         return 1
 
@@ -238,8 +245,9 @@ def interpreted():
     memory = _Memory()
     machine = {
         "address": memory.address, "pointer": memory.pointer, "size_of": memory.size,
-        "_address": memory.address, "_pointer": memory.pointer, "_size": memory.size,
+        "_address": memory.address,
         "_blas": memory._blas, "_blas_threads": memory._blas_threads, "_tile": memory._tile,
+        "_turn_block": memory._turn_block,
         "carray": memory.carray, "empty": _spoilt,
         "_where": memory._where, "_where_mask": memory._where_mask,
     }  # fmt: skip
@@ -256,5 +264,6 @@ def interpreted():
         patch.setattr(pool, "get_num_threads", lambda: 3)
         many = gemm.many["float32"]
         one = SimpleNamespace(one=gemm.one["float32"], alone=many, many=many)
+        patch.setattr(products, "_rooms", products._Rooms())
         patch.setattr(products, "_compiled", {np.dtype("float32"): one})
         yield

@@ -43,7 +43,8 @@ CHECKS = {
     "cpu.pooling": ["pooling"],
     "cpu.recurrent": ["recurrent"],
     "cpu.microkernel": ["small_products"],
-    "cpu.few_rows": ["few_rows"],
+    "cpu.weight_gradient": ["weights"],
+    "cpu.direct": ["gemm", "weights"],
     "moments": ["norm", "batch_norm"],
     "probabilities": ["softmax", "cross_entropy"],
     "random": ["dropout"],
@@ -54,6 +55,7 @@ DIVISION = "it only divides the work in another way"
 ROOM = "there is only more room than is needed"
 DRAWN = "more words are drawn than are needed"
 NOTHING = "there is a piece more, of nothing"
+CHOICE = "there are two ways to the same result"
 BOTH = "that of two is 2 only for the numbers 0 and 2"
 
 #: Changes that change no result, by the name of the body, and why.
@@ -85,13 +87,41 @@ EQUAL: dict[str, dict[str, str]] = {
     "cpu.attention._backward_unit": {"keys + ranges - 1 -> keys + ranges + 1": DIVISION},
     "cpu.scores.masked": {"j + m - 1 -> j + m + 1": "where nothing is hidden, it is looked for"},
     "cpu.memory._turn_all": {
-        "8192 // rows // LINE * LINE -> 8192 // rows // LINE + LINE": DIVISION,
+        "PIECE // rows // LINE * LINE -> PIECE // rows // LINE + LINE": DIVISION,
         "columns + width - 1 -> columns + width + 1": NOTHING,
     },
     "cpu.recurrent._pack": {
         "b.strides[0] < b.strides[1] -> b.strides[0] >= b.strides[1]": DIVISION,
         "rows + BLOCK - 1 -> rows + BLOCK + 1": NOTHING,
     },
+    "cpu.recurrent._weights": dict.fromkeys(
+        (
+            "columns + STRIP - 1 -> columns + STRIP + 1",
+            "(columns + STRIP - 1) // STRIP + parts - 1 -> "
+            "(columns + STRIP - 1) // STRIP + parts + 1",
+            "((columns + STRIP - 1) // STRIP + parts - 1) // parts * parts -> "
+            "((columns + STRIP - 1) // STRIP + parts - 1) // parts + parts",
+        ),
+        DIVISION,
+    ),
+    "cpu.direct.suits": dict.fromkeys(
+        (
+            "k * n -> k + n",
+            "k * n * size_of(T(0)) -> k * n + size_of(T(0))",
+            "k * n * size_of(T(0)) <= LARGEST -> k * n * size_of(T(0)) > LARGEST",
+            "m >= FEWEST -> m < FEWEST",
+            "n >= FEWEST -> n < FEWEST",
+            "k >= SHORTEST -> k < SHORTEST",
+        ),
+        CHOICE,
+    ),
+    "cpu.gemm.packed_size": {"n + panel() - 1 -> n + panel() + 1": ROOM},
+    "cpu.direct.direct": {
+        "m + STRIP - 1 -> m + STRIP + 1": DIVISION,
+        "k + DEPTH -> k - DEPTH": DIVISION,
+        "k + DEPTH - 1 -> k + DEPTH + 1": DIVISION,
+    },
+    "cpu.microkernel.pack": {"b.strides[1] > 0 -> b.strides[1] <= 0": CHOICE},
     "cpu.windows.weight_sums": {"DEPTH + places // 2 -> DEPTH - places // 2": DIVISION},
     "cpu.pooling._max_row": {"i1 - i0 -> i1 + i0": BOTH, "j1 - j0 -> j1 + j0": BOTH},
     "cpu.microkernel._product": {
@@ -132,12 +162,8 @@ EQUAL: dict[str, dict[str, str]] = {
     "cpu.reduce._squares_of_T": {
         "total += x * x -> total -= x * x": "such a sum is taken again, in double precision",
     },
-    "cpu.few_rows._single": {
+    "cpu.weight_gradient._single": {
         "total += a[i] * a[i] -> total -= a[i] * a[i]": "such a sum is taken again, in double",
-    },
-    "cpu.few_rows._product": {
-        "m + ROWS - 1 -> m + ROWS + 1": NOTHING,
-        "n + panel() - 1 -> n + panel() + 1": NOTHING,
     },
     **{
         f"cpu.layers.{body}": {"rows + PIECE - 1 -> rows + PIECE + 1": DIVISION}
@@ -161,6 +187,7 @@ EQUAL: dict[str, dict[str, str]] = {
             "items * work -> items + work",
             "8 * parts -> 8 + parts",
             "items < 8 * parts -> items >= 8 * parts",
+            "n + width - 1 -> n + width + 1",
             "n > m -> n <= m",
         ),
         DIVISION,

@@ -211,6 +211,11 @@ for dtype in ("float32", "float64"):
                 run[dtype](m, n, q, a.ctypes.data, b.ctypes.data, (0, n, width[dtype]()),
                            c.ctypes.data, accumulate)
                 assert np.allclose(c, want, 1e-4, 1e-5), (dtype, m, n, q)
+            lying = fenced(np.ascontiguousarray(b.T), front).T
+            packed = fenced(np.ones(packed_shape(q, n, dtype), dtype), front)
+            pack[dtype](lying, packed)
+            assert (np.concatenate(list(packed), 1)[:, :n] == b).all()
+            assert not np.concatenate(list(packed), 1)[:, n:].any()
 print("done", microkernel.VECTOR)
 """
 
@@ -220,6 +225,7 @@ print("done", microkernel.VECTOR)
 def test_nothing_beyond_the_operands_is_touched(features, vector, tmp_path):
     """With vectors of every length: the compiler makes shorter ones of those that are missing."""
     patch = ("from gpugrad.kernels.cpu import compile\n"
-             f"compile._host_features = lambda: frozenset({features!r}.split())")  # fmt: skip
+             f"compile._host_features = lambda: frozenset({features!r}.split())\n"
+             "compile.VECTOR = compile._vector_bytes()")  # fmt: skip
     out = python(BOUNDS.replace("{patch}", patch), GPUGRAD_CACHE_DIR=str(tmp_path))
     assert out == f"done {vector}\n"

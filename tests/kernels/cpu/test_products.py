@@ -17,7 +17,7 @@ from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import gemm as loops
 from gpugrad.kernels.cpu import openblas, products
 from gpugrad.kernels.cpu.compile import parallel, serial
-from gpugrad.kernels.cpu.products import available, gemm, matmul
+from gpugrad.kernels.cpu.products import _room, available, gemm, matmul
 from tests.kernels.cpu.processes import python
 
 prange = numba.prange
@@ -146,7 +146,7 @@ def test_any_division_of_the_work(batch, sizes, dtype, layout, flags, threads):
     b = normal(*((1, 1) if one_b else batch), k, n, dtype=dtype, seed=1)
     before = normal(*batch, m, n, dtype=dtype, seed=2)
     out = placed(before, layout)
-    assert _fine[dtype](a, b, out, out.dtype.type(accumulate), threads) == 0
+    assert _fine[dtype](a, b, out, out.dtype.type(accumulate), threads, _room(b)) == 0
     close(out, np.broadcast_to(a, (*batch, m, k)), b, before if accumulate else None)
 
 

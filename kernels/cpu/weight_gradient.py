@@ -1,0 +1,118 @@
+"""The gradient of a weight, gᵀ·x, and its sum of squares while it is in the cache.
+
+Where the weight is large, reading its gradient once more for the norm would cost as much as a part
+of the product. The result is computed in strips of rows (`kernels/cpu/direct.py`), and one that
+lies in an optimiser's gradient is squared and summed as soon as it is there.
+
+How the strips are divided among the threads changes no bit, neither of the sums nor of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from gpugrad.backend import Backend
+from gpugrad.backend.kernels import Kernel
+from gpugrad.backend.memory import NOTED, squares
+from gpugrad.backend.scratch import empty
+from gpugrad.kernels.cpu import products
+from gpugrad.kernels.cpu.compile import in_a_row, numpy_storage, parallel, serial
+from gpugrad.kernels.cpu.direct import LARGEST, STRIP, direct
+from gpugrad.kernels.cpu.elementwise import LABEL
+from gpugrad.kernels.cpu.memory import address, pointer, size_of
+from gpugrad.kernels.cpu.microkernel import panel
+from gpugrad.kernels.cpu.optimizer import BLOCK, TINY
+from gpugrad.kernels.template import T
+
+__all__ = ["KERNELS", "weight_gradient"]
+
+Array = np.ndarray[Any, Any]
+
+#: Elements of a result whose squares are worth adding up here.
+LEAST = NOTED
+
+#: The result is divided into a multiple of so many strips of rows, whatever the number of threads:
+#: of sums there must always be the same.
+STRIPS = 16
+
+
+@serial
+def _single(c, n):
+    a = pointer(c, T(0))
+    total = T(0)
+    for i in range(n):
+        total += a[i] * a[i]
+    return np.float64(total)
+
+
+@serial
+def _double(c, n):
+    a = pointer(c, T(0))
+    total = np.float64(0)
+    for i in range(n):
+        x = np.float64(a[i])
+        total += x * x
+    return total
+
+
+@serial
+def _sum_squares(c, n):
+    """Of n elements, in blocks that are few enough for single precision."""
+    total = np.float64(0)
+    for first in range(0, n, BLOCK):
+        at, there = c + first * size_of(T(0)), min(BLOCK, n - first)
+        part = _single(at, there)
+        # Too small or too great for single precision, or not finite, which it is in double, too.
+        total += part if TINY < part < np.inf else _double(at, there)
+    return total
+
+
+@serial
+def _strip(strip, strips, g, x, out, rows, m, n, sums):
+    """A strip of rows of the result, and its sum of squares."""
+    size = size_of(T(0))
+    i, count = m * strip // strips, m * (strip + 1) // strips - m * strip // strips
+    c = out + i * n * size
+    direct(count, n, rows, g + i * size, 1, m, x, n, panel(), c, n, False)
+    sums[strip] = _sum_squares(c, count * n)
+
+
+@parallel
+def _product(g, x, out, rows, m, n, sums):
+    for strip in prange(sums.size):
+        _strip(strip, sums.size, g, x, out, rows, m, n, sums)
+
+
+def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | None) -> Array:
+    """gᵀ·x over all axes but the last, in its home if there is one.
+
+    Σ of the squares of what lies in a home is noted in :data:`gpugrad.backend.memory.squares`, if
+    it is finite.
+    """
+    rows, features, inputs = math.prod(g.shape[:-1]), g.shape[-1], x.shape[-1]
+    g, x = g.reshape(rows, features), x.reshape(rows, inputs)
+    out = empty((features, inputs), x.dtype) if weight_home is None else weight_home
+    in_order = out.flags.c_contiguous and out.flags.aligned
+    small = features * inputs < LEAST or not 0 < x.nbytes <= LARGEST
+    if weight_home is None or small or not in_order:
+        return products.matmul(g.T, x, out)
+    g, x = in_a_row(g), in_a_row(x)
+    sums = np.empty(STRIPS * -(-features // (STRIPS * STRIP)))
+    _product[numpy_storage(x.dtype)](
+        address(g), address(x), address(out), rows, features, inputs, sums
+    )
+    total = float(np.add.reduce(sums))
+    if math.isfinite(total):
+        squares[id(weight_home)] = total
+    return out
+
+
+def _refuse(m: Backend, g: Any, x: Any, weight_home: Any) -> str | None:
+    return products.refuse(m, g, x)  # for the product of matrices that it is
+
+
+KERNELS = {"weight_gradient": Kernel(weight_gradient, LABEL, _refuse)}
