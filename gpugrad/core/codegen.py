@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from gpugrad.backend import SPACES, Backend, backend_for_device, is_array, on_register
 from gpugrad.backend.kernels import Choice, fusible, note
 from gpugrad.core.autocast import NARROWS, cast_operands, casting
-from gpugrad.core.graph import GenericNode, Pick, next_seq
+from gpugrad.core.graph import Pick, next_seq
 from gpugrad.core.modes import gate, is_grad_enabled, records
 from gpugrad.core.nodes import (
     FIT,
@@ -30,6 +30,7 @@ from gpugrad.core.nodes import (
     saved_value,
 )
 from gpugrad.core.primitive import Primitive, registry
+from gpugrad.core.rules import GenericNode
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.errors import DeviceError, DTypeError, GpugradError, ShapeError
 

@@ -1,7 +1,7 @@
 """Node classes: one for each primitive and each set of operands that want a gradient.
 
 A class has exactly the slots that its rules name, and methods that call the rules on them without
-reading the declaration. What has no such class is a :class:`gpugrad.core.graph.GenericNode`.
+reading the declaration. What has no such class is a :class:`gpugrad.core.rules.GenericNode`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpugrad.backend import SPACES, bind, on_register
-from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, Node, destination, fit
+from gpugrad.core.graph import FREED, MANY, PAIR, SINGLE, Node, destination
 from gpugrad.core.primitive import HOME, PASS, Primitive, is_ours
+from gpugrad.core.rules import fit
 
 __all__ = [
     "FIT",

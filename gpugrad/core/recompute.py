@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from gpugrad.core.graph import FREED, MANY, Node, Pick, next_seq, walk
+from gpugrad.core.graph import FREED, MANY, Node, Pick, next_seq
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad
 from gpugrad.core.primitive import Primitive
 from gpugrad.core.tensor import Tensor, tensor_of
+from gpugrad.core.walk import walk
 from gpugrad.errors import GraphError
 
 __all__ = ["recomputed"]

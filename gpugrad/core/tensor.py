@@ -12,19 +12,11 @@ import numpy as np
 from gpugrad.backend import SPACES, Array, Backend, as_dtype
 from gpugrad.backend.memory import squares
 from gpugrad.core import graph
-from gpugrad.core.graph import (
-    NOT_IN_PLACE,
-    Extra,
-    Leaf,
-    extra_of,
-    mutations,
-    next_seq,
-    through_hooks,
-    walk,
-)
+from gpugrad.core.graph import NOT_IN_PLACE, Extra, Leaf, extra_of, mutations, next_seq
 from gpugrad.core.handle import RemovableHandle
 from gpugrad.core.modes import is_grad_enabled
 from gpugrad.core.primitive import differentiable
+from gpugrad.core.walk import through_hooks, walk
 from gpugrad.errors import DeviceError, DTypeError, GraphError, InplaceError, ShapeError
 
 #: Operands that are not arrays: Python's numbers are weak, None stands for a missing operand.

@@ -9,21 +9,13 @@ from functools import wraps
 from typing import Any
 
 from gpugrad.core.conversion import asarray
-from gpugrad.core.graph import (
-    Leaf,
-    Node,
-    Pick,
-    describe,
-    evaluate,
-    next_seq,
-    pullback,
-    reachable,
-    walk,
-)
+from gpugrad.core.graph import Leaf, Node, Pick, describe, next_seq, reachable
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad
 from gpugrad.core.primitive import differentiable, linear, sample
+from gpugrad.core.rules import evaluate, pullback
 from gpugrad.core.tensor import Tensor, as_tensor, check_differentiable, seed, tensor_of
 from gpugrad.core.tree import flatten
+from gpugrad.core.walk import walk
 from gpugrad.errors import DTypeError, GraphError, ShapeError
 
 Function = Callable[..., Any]

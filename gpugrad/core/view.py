@@ -11,20 +11,10 @@ import numpy as np
 
 from gpugrad.backend import SPACES, is_array
 from gpugrad.core.conversion import tensor
-from gpugrad.core.graph import (
-    FREED,
-    Bundle,
-    GenericNode,
-    Leaf,
-    Node,
-    Pick,
-    check_alive,
-    evaluate,
-    mutations,
-    pullback,
-)
+from gpugrad.core.graph import FREED, Bundle, Leaf, Node, Pick, check_alive, mutations
 from gpugrad.core.modes import keep_results
 from gpugrad.core.picture import Graph, GraphEdge, GraphNode, Saved
+from gpugrad.core.rules import GenericNode, evaluate, pullback
 from gpugrad.core.tensor import Tensor, seed, tensor_of
 from gpugrad.errors import DTypeError, FreedGraphError, GraphError, ShapeError
 

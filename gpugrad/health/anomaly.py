@@ -18,10 +18,12 @@ import numpy as np
 
 from gpugrad.backend import SPACES, is_array
 from gpugrad.core.calls import each_call
-from gpugrad.core.graph import HOOKED, MANY, Extra, Leaf, Node, Pick, by_rules, on_walk, reachable
+from gpugrad.core.graph import HOOKED, MANY, Extra, Leaf, Node, Pick, reachable
 from gpugrad.core.modes import keep_results
 from gpugrad.core.primitive import Primitive
+from gpugrad.core.rules import by_rules
 from gpugrad.core.tensor import Tensor
+from gpugrad.core.walk import on_walk
 from gpugrad.health.errors import AnomalyError
 from gpugrad.health.statistics import COUNT, GREATEST, LEAST, NONFINITE, moments
 from gpugrad.nn.module import Module

@@ -263,7 +263,7 @@ def test_two_threads_walk_one_retained_graph() -> None:
     errors: list[Exception] = []
 
     def run() -> None:
-        from gpugrad.core.graph import walk
+        from gpugrad.core.walk import walk
 
         try:
             for _ in range(10):

@@ -7,8 +7,8 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import nn
-from gpugrad.core.graph import on_walk
 from gpugrad.core.modes import gate
+from gpugrad.core.walk import on_walk
 from gpugrad.errors import GraphError
 from gpugrad.health import AnomalyError, HealthError, detect_anomaly, guard
 from tests.backend.counting import counting
