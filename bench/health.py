@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,12 @@ def nets() -> dict[str, Callable[[], tuple[Any, Any, Any]]]:
         net = models.GPT(96, context=64, width=128, depth=4, heads=4)
         return net, gg.tensor(text[:, :-1].copy()), gg.tensor(text[:, 1:].copy())
 
-    return {"mlp": mlp, "deep": deep, "gpt": gpt}
+    def lstm() -> tuple[Any, Any, Any]:
+        text = rng.integers(0, 96, (32, 65))
+        net = models.RecurrentLM(96, "lstm", width=128, depth=2)
+        return net, gg.tensor(text[:, :-1].copy()), gg.tensor(text[:, 1:].copy())
+
+    return {"mlp": mlp, "deep": deep, "gpt": gpt, "lstm": lstm}
 
 
 def stepper(make: Callable[[], tuple[Any, Any, Any]], **watched: Any) -> Any:
@@ -149,15 +154,15 @@ def long_run() -> int:
     return record.nbytes
 
 
-def report(quick: bool) -> dict[str, Any]:
+def report(quick: bool, only: Sequence[str] = ()) -> dict[str, Any]:
     rows, results, verdicts = [], {}, []
     rest = resting()
     with tempfile.TemporaryDirectory() as folder:
-        for name in nets():
+        for name in only or nets():
             results[name] = timed = measure(name, 3 if quick else 40, folder)
             step = statistics.median(timed["plain"])
             recorded = common.ratio(timed["recorded"], timed["plain"])["median"] - 1
-            between = gap(name, 60 if quick else 4000 if name != "gpt" else 300, folder)
+            between = gap(name, 60 if quick else 4000 if name in ("mlp", "deep") else 300, folder)
             share = rest / step + recorded / between
             rows.append(
                 {
@@ -183,9 +188,10 @@ def report(quick: bool) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds: a check, no result")
+    parser.add_argument("--only", nargs="+", default=[], choices=list(nets()), help="these nets")
     parser.add_argument("--json", help="write the report to this file")
     options = parser.parse_args(arguments)
-    common.finish(report(options.quick), options.json)
+    common.finish(report(options.quick, options.only), options.json)
 
 
 if __name__ == "__main__":

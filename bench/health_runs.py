@@ -31,9 +31,10 @@ import numpy as np
 import gpugrad as gg
 from gpugrad import cli, health, nn
 from gpugrad.cli.training import load_run
+from gpugrad.health.findings import Verdict
 from gpugrad.health.page import HEADLINES
 from gpugrad.health.record import Record
-from gpugrad.health.verdict import Verdict, is_weighted, judge
+from gpugrad.health.verdict import is_weighted, judge
 
 PAGE = Path(health.__file__).with_name("README.md")
 
@@ -132,7 +133,7 @@ RUNS = (
         Change("clip", "--clip 1"),
         Change("learning-rate", "--lr 0.001", helps=False),
     )),
-    Run("clip-starved", "text --model rnn --depth 4 --width 64 --context 128 --limit 0.2 --gain 2",
+    Run("exploding", "text --model rnn --depth 4 --width 64 --context 128 --limit 0.2 --gain 2",
         (
         Change("initialise", "--gain 1"),
         Change("gating", "--model gru"),

@@ -14,21 +14,14 @@ from gpugrad import ops
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
 from gpugrad.health.errors import HealthError
+from gpugrad.health.findings import SHOWN, Finding, Verdict
 from gpugrad.health.prediction import Group, MeanFieldOfNet, describe, predict
 from gpugrad.health.probe import layers_of, observe
 from gpugrad.health.record import Record
 from gpugrad.health.rehearsal import BATCHES, STEPS, Batch, Loss, Make, Rehearsal, copied, rehearse
 from gpugrad.health.remedies import REMEDIES, Remedy, remedies_for
 from gpugrad.health.surgery import RECURRENT, Impossible
-from gpugrad.health.verdict import (
-    CERTAIN,
-    SHOWN,
-    Finding,
-    Verdict,
-    is_weighted,
-    profile_findings,
-    suspicions,
-)
+from gpugrad.health.verdict import CERTAIN, is_weighted, profile_findings, suspicions
 from gpugrad.nn.module import Module
 
 __all__ = ["Diagnosis", "Trial", "diagnose", "remedied"]
@@ -344,9 +337,7 @@ def _measure(twin: Module, work: Batch) -> _Found:
     twin.zero_grad()
 
     module_of = {x.path: x.module for x in layers}
-    frozen = {x.path for x in layers if x.parameters and not any(
-        p.requires_grad for p in x.parameters)}  # fmt: skip
-    looked = [path for path in record.layers if path not in frozen]
+    looked = [path for path in record.layers if path not in record.frozen]
     separation = np.array([
         float(spread[id(module_of[path])].item()) if id(module_of[path]) in spread else math.nan
         for path in record.layers
@@ -364,7 +355,7 @@ def _measure(twin: Module, work: Batch) -> _Found:
     weights = [
         i
         for i, (path, kind) in enumerate(zip(record.layers, record.kinds))
-        if path not in frozen and math.isfinite(norms[i]) and is_weighted(kind)
+        if path not in record.frozen and math.isfinite(norms[i]) and is_weighted(kind)
     ]
     ratio = math.nan
     if weights and norms[weights[-1]]:

@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from gpugrad.backend import SPACES, Array, Backend
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.health.errors import HealthError, RecordError
-from gpugrad.health.probe import Layer, Piece, Place, Probe, apart, joined, layers_of, row_of
+from gpugrad.health.probe import (
+    Layer,
+    Piece,
+    Place,
+    Probe,
+    apart,
+    frozen_of,
+    joined,
+    layers_of,
+    row_of,
+)
 from gpugrad.health.record import MEMORY, Record, Writer
 from gpugrad.health.statistics import moments
 from gpugrad.nn.module import Module
@@ -358,14 +368,9 @@ class Monitor:
                     return found, True
             except (RecordError, OSError):
                 pass  # there is none, and it begins here
-        frozen = {
-            x.path
-            for x in layers
-            if x.parameters and not any(p.requires_grad for p in x.parameters)
-        }
         made = Record(
-            names, kinds, frozen=frozen, chance=self._chance, narrow=self._probe.narrow,
-            memory=self._memory,
+            names, kinds, frozen=frozen_of(layers), chance=self._chance,
+            narrow=self._probe.narrow, memory=self._memory,
         )  # fmt: skip
         return made, False
 
@@ -416,7 +421,8 @@ class _Schedule:
         if len(plain) < FEW or not recorded:
             return 2 * FEW
         usual, longer = plain[len(plain) // 2], recorded[len(recorded) // 2]
-        return max(1, math.ceil((longer - usual) / (SHARE * usual)))
+        # There are always some that are not recorded, so that it stays known how long these take.
+        return max(2, math.ceil((longer - usual) / (SHARE * usual)))
 
 
 # -- parameters and gradients ---------------------------------------------------------------------

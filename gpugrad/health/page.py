@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpugrad.health.errors import HealthError, RecordError
+from gpugrad.health.findings import Finding, Verdict
 from gpugrad.health.page_charts import (
     Band,
     Guide,
@@ -26,7 +27,7 @@ from gpugrad.health.page_charts import (
 from gpugrad.health.page_thin import Columns
 from gpugrad.health.record import Record
 from gpugrad.health.remedies import REMEDIES
-from gpugrad.health.verdict import Finding, Verdict, judge
+from gpugrad.health.verdict import judge
 
 __all__ = ["HEADLINES", "read_record", "report"]
 

@@ -15,6 +15,7 @@ from gpugrad.core.modes import is_grad_enabled
 from gpugrad.core.tensor import Parameter, Tensor
 from gpugrad.health.errors import HealthError
 from gpugrad.health.record import Record
+from gpugrad.health.recurrence import LAYERS, farthest, growth, used_by_step, walk_back
 from gpugrad.health.statistics import (
     COUNT,
     GREATEST,
@@ -30,7 +31,7 @@ from gpugrad.health.statistics import (
 )
 from gpugrad.nn.module import Module
 
-__all__ = ["Layer", "Piece", "Probe", "Row", "layers_of", "observe"]
+__all__ = ["Layer", "Piece", "Probe", "Row", "frozen_of", "layers_of", "observe"]
 
 Row = dict[str, NDArray[np.float64]]
 Scalars = dict[str, float]
@@ -61,15 +62,18 @@ class Piece(NamedTuple):
     Attributes
     ----------
     what:
-        "gradient", "parameter", "update", "activation", "signal", "dead", or the name of a scalar.
+        "gradient", "parameter", "update", "activation", "signal", "dead", "walk", "used", or the
+        name of a scalar.
     layers:
         The number of the layer for each part that was measured; empty for a scalar.
     data:
-        The moments of the parts, [parts, 8]; of "dead", how many units are, [1]; a scalar, [1].
+        The moments of the parts, [parts, 8]; of "dead", how many units are, [1]; of "walk", what
+        `walk_back` finds, and of "used", which outputs the loss uses, both [time steps]; a scalar,
+        [1].
     bounded:
         Of "activation": whether there are outputs where its slope is small.
     units:
-        Of "dead": how many there are.
+        Of "dead": how many there are. Of "walk": in how many directions the layer runs.
     """
 
     what: str
@@ -104,6 +108,13 @@ def layers_of(model: Module) -> list[Layer]:
             kind = type(module).__name__
             found.append(Layer(path or kind, kind, module, tuple(own)))
     return found
+
+
+def frozen_of(layers: Sequence[Layer]) -> set[str]:
+    """The paths of the layers none of whose parameters is trained."""
+    return {
+        x.path for x in layers if x.parameters and not any(p.requires_grad for p in x.parameters)
+    }
 
 
 class Probe:
@@ -171,6 +182,33 @@ class Probe:
                 self.pieces.append(Piece("signal", (number,), m.bind(moments)(m, g.data)))
 
             self._hooked.append(y.register_hook(backward))
+        # What was given by name is not seen here, and what a subclass returns may be anything.
+        if isinstance(module, LAYERS) and args and isinstance(out, tuple) and len(out) == 2:
+            self._through_time(number, module, args, out)
+
+    def _through_time(self, number: int, layer: Any, args: Any, out: Any) -> None:
+        """Measure what time does to gradients, and note which outputs the loss uses."""
+        found = walk_back(layer, args)
+        if found is None:
+            return
+        m: Backend = SPACES[type(found)]
+        directions = 1 + layer.bidirectional
+        self.pieces.append(Piece("walk", (number,), found, units=directions))
+        y, states = out
+        axis = 1 if layer.batch_first and y.ndim == 3 else 0
+
+        def output(g: Tensor) -> None:
+            used = m.bind(used_by_step)(m, g.data, axis=axis)
+            self.pieces.append(Piece("used", (number,), used))
+
+        def last(g: Tensor) -> None:
+            used = np.zeros(y.shape[axis])
+            used[[-1, 0][:directions]] = 1.0
+            self.pieces.append(Piece("used", (number,), m.asarray(used, device=m.device(g.data))))
+
+        for x, hook in ((y, output), *((s, last) for s in _as_tuple(states))):
+            if x._node is not None:
+                self._hooked.append(x.register_hook(hook))
 
     # -- afterwards -------------------------------------------------------------------------------
 
@@ -242,7 +280,10 @@ def observe(model: Module, run: Callable[[], Any]) -> Record:
         )
     probe.settle()
     pieces = [*probe.take(), *_of_parameters(probe.layers)]
-    record = Record([x.path for x in probe.layers], [x.kind for x in probe.layers])
+    record = Record(
+        [x.path for x in probe.layers], [x.kind for x in probe.layers],
+        frozen=frozen_of(probe.layers),
+    )  # fmt: skip
     value = math.nan
     if isinstance(loss, Tensor) and loss.size == 1:
         value = float(loss.detach().item())
@@ -311,14 +352,11 @@ def row_of(found: Sequence[tuple[Piece, NDArray[np.float64]]], many: int) -> tup
         if not piece.layers:
             scalars[piece.what] = float(numbers[0])
             continue
-        width = 1 if piece.what == "dead" else MOMENTS
-        parts.setdefault(piece.what, []).append(numbers.reshape(-1, width))
+        if piece.what in _APART:
+            continue
+        parts.setdefault(piece.what, []).append(numbers.reshape(-1, MOMENTS))
         layers.setdefault(piece.what, []).extend(piece.layers)
-    whole = {
-        what: _added(np.concatenate(rows), layers[what], many)
-        for what, rows in parts.items()
-        if what != "dead"
-    }
+    whole = {what: _added(np.concatenate(rows), layers[what], many) for what, rows in parts.items()}
     scale = scalars.pop("scale", 1.0), scalars.pop("inverse", 1.0)
     if not math.isfinite(scale[1]):  # gradients that overflowed are not divided by anything
         scale = scale[0], 1.0
@@ -337,9 +375,37 @@ def row_of(found: Sequence[tuple[Piece, NDArray[np.float64]]], many: int) -> tup
             dead[piece.layers[0]] += numbers[0]
     if "saturated" in row:
         row["saturated"] = np.where(bounded, row["saturated"], np.nan)
-    if "dead" in parts:
+    if units.any():
         row["dead"] = dead / units
+    row.update(_through_time(found, many))
     return row, scalars
+
+
+#: Of these there are no moments.
+_APART = frozenset(("dead", "walk", "used"))
+
+
+def _through_time(found: Sequence[tuple[Piece, NDArray[np.float64]]], many: int) -> Row:
+    """What the longest sequence says of each recurrent layer, however often it was called."""
+    longest: dict[int, tuple[Piece, NDArray[np.float64]]] = {}
+    used: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    for piece, numbers in found:
+        if piece.what == "walk":
+            i = piece.layers[0]
+            if i not in longest or len(longest[i][1]) < len(numbers):
+                longest[i] = piece, numbers
+        elif piece.what == "used":
+            key = piece.layers[0], len(numbers)
+            used[key] = used.get(key, np.zeros(len(numbers), np.bool_)) | (numbers > 0)
+    if not longest:
+        return {}
+    row = {name: np.full(many, np.nan) for name in ("time_growth", "time_steps", "time_away")}
+    for i, (piece, numbers) in longest.items():
+        row["time_growth"][i] = growth(numbers)
+        row["time_steps"][i] = len(numbers) - 1
+        if (key := (i, len(numbers))) in used:
+            row["time_away"][i] = farthest(used[key], piece.units)
+    return row
 
 
 def _added(rows: NDArray[np.float64], layers: list[int], many: int) -> NDArray[np.float64]:
@@ -417,6 +483,10 @@ def _activation(module: Any, y: Tensor) -> tuple[float, float, bool]:
             # An activation that its layer computes along with it, or the function by itself.
             name = str(y._node.parameters().get("activation") or made.name)
     return (*_STEEP.get(name, (-math.inf, math.inf)), name in _DIES)
+
+
+def _as_tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 def _first_tensor(out: Any) -> Tensor | None:

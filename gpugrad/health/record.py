@@ -36,6 +36,11 @@ STATISTICS = (
     "saturated",  # fraction of outputs at which the activation's slope is < 1 % of its largest
     "dead",  # fraction of units whose output is 0 for the whole batch
     "signal",  # root mean square of dLoss/d(output of the layer)
+    # Of recurrent layers: what a gradient that goes back through time is multiplied by at each time
+    # step; how many steps it can go; and how many it has to, from the outputs that the loss uses.
+    "time_growth",
+    "time_steps",
+    "time_away",
 )
 
 #: One float32 per recorded step: the norm is the one before clipping.

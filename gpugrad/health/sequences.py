@@ -16,13 +16,13 @@ from gpugrad.backend import SPACES
 from gpugrad.core.tensor import Tensor
 from gpugrad.health.errors import HealthError
 from gpugrad.health.probe import Piece, read
+from gpugrad.health.recurrence import LAYERS
 from gpugrad.health.statistics import SQUARES, moments
 
 __all__ = ["ThroughTime", "through_time"]
 
 Norms = NDArray[np.float64]
 
-LAYERS = (nn.RNN, nn.LSTM, nn.GRU)
 CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 
 

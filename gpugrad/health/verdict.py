@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpugrad.health.errors import HealthError
+from gpugrad.health.findings import SHOWN, Finding, Verdict, finding
 from gpugrad.health.record import Record
-from gpugrad.health.remedies import REMEDIES, remedies_for
+from gpugrad.health.remedies import REMEDIES
 
-__all__ = ["Finding", "Verdict", "judge"]
-
-#: What can be found, worst first: causes stand before what they cause.
-KINDS = (
-    "non-finite", "exploding", "vanishing", "diverging", "dead", "saturated", "not reached",
-    "clip-starved", "stalled",
-)  # fmt: skip
+__all__ = ["judge"]
 
 #: Beyond this factor between the first layer's gradient and the last one's, nothing trains.
 EXTREME = 1e6
@@ -40,14 +35,22 @@ RISEN = 2.0
 LARGE = 100.0
 #: Parameters that move by a smaller share of their norm in each step stand still.
 STILL = 1e-5
-#: Rows with a loss, from which on a run can be called stalled.
+#: Rows with a loss, from which on their mean tells whether a run has learnt.
 FEW = 20
-#: Findings below this confidence are suspicions, and are not shown.
-SHOWN = 0.5
+#: Of fewer rows the later half has to agree, and to be so many, this long after the start.
+AGREE, EARLY = 3, 100
 #: From this confidence on, a finding stands even if the net learns.
 CERTAIN = 0.95
 #: What makes a net stop learning; if it learns all the same, it is no trouble.
 CAUSES = frozenset(("exploding", "vanishing"))
+#: The figures of a gradient that goes through time are those of a random one. That of the loss may
+#: fare better or worse by this factor, so what is certain of it begins so much farther out.
+MARGIN = 10.0
+#: The logarithm of what counts as infinite, and minus that of what counts as 0.
+MOST = 700.0
+#: What helps against vanishing and exploding through time; norms and short cuts go from layer to
+#: layer.
+_IN_TIME = ("gating", "open-gates", "initialise", "clip")
 #: What long steps can make of a net that was sound.
 _BY_TRAINING = frozenset(("exploding", "vanishing", "dead", "saturated"))
 
@@ -55,99 +58,6 @@ _BY_TRAINING = frozenset(("exploding", "vanishing", "dead", "saturated"))
 TINY = 1e-45
 
 Floats = NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, or that nothing is.
-
-    Attributes
-    ----------
-    kind:
-        `"non-finite"`, `"exploding"`, `"vanishing"`, `"diverging"`, `"dead"`, `"saturated"`,
-        `"not reached"`, `"clip-starved"`, `"stalled"` or `"healthy"`.
-    layer, step:
-        Where it is worst, and the recorded step at which it began; None if it has no place.
-    growth:
-        The factor per layer, on the way back, of what explodes or vanishes.
-    confidence:
-        From 0 to 1.
-    text:
-        What was seen, with figures.
-    remedies:
-        Names in the table of remedies, best first.
-    until:
-        The recorded step at which it had passed; None if it lasts.
-    """
-
-    kind: str
-    layer: str | None = None
-    step: int | None = None
-    growth: float | None = None
-    confidence: float = 1.0
-    text: str = ""
-    remedies: tuple[str, ...] = ()
-    until: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The finding as JSON has it."""
-        return {**vars(self), "remedies": list(self.remedies)}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All findings, worst first; the first is of kind `"healthy"` if nothing is wrong any more."""
-
-    findings: tuple[Finding, ...]
-
-    @classmethod
-    def of(cls, findings: Iterable[Finding], looks: int = 1) -> Verdict:
-        """The verdict of what was found, which may be nothing; suspicions are left out.
-
-        That nothing is wrong is as sure as Laplace's rule of succession makes it, after so many
-        looks at which nothing was: one step deserves 2/3, and a hundred 0.99.
-        """
-        shown = [f for f in findings if f.confidence >= SHOWN]
-        shown.sort(key=lambda f: (_severity(f), -f.confidence))
-        lasts = [f for f in shown if f.until is None]
-        passed = [f for f in shown if f.until is not None]
-        text = "healthy: nothing explodes, vanishes or stands still"
-        sure = round((looks + 1) / (looks + 2), 3)
-        return cls((*(lasts or [Finding("healthy", confidence=sure, text=text)]), *passed))
-
-    @property
-    def kind(self) -> str:
-        """The kind of the worst finding."""
-        return self.findings[0].kind
-
-    @property
-    def healthy(self) -> bool:
-        """Whether nothing is wrong."""
-        return self.kind == "healthy"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The verdict as JSON has it."""
-        return {
-            "kind": self.kind,
-            "healthy": self.healthy,
-            "findings": [f.as_dict() for f in self.findings],
-        }
-
-    def __str__(self) -> str:
-        lines = []
-        for f in self.findings:
-            where = f", at layer {f.layer}" if f.layer and f.until is None else ""
-            when = f", since step {f.step}" if f.step is not None and f.step > 1 else ""
-            lines.append(f"{f.text}{where}{when}")
-            if f.remedies:
-                lines.append(f"  try: {', '.join(f.remedies)}")
-        return "\n".join(lines)
-
-
-def _severity(f: Finding) -> float:
-    # Where nothing at all comes through, it is not the layers' gains that are to blame.
-    cut = f.kind == "vanishing" and f.growth is None
-    return KINDS.index("dead") + 0.5 if cut else KINDS.index(f.kind)
 
 
 def judge(
@@ -178,10 +88,20 @@ def judge(
     """
     chance = record.chance if chance is None else chance
     found = suspicions(record, layers=layers, chance=chance)
+    view = _View(record, layers, chance)
+    for f in _through_time(view):
+        # What explodes within a layer explodes from this layer to those behind it, too.
+        same = [x for x in found if x.kind == f.kind == "exploding" and x.layer == f.layer]
+        sure = max(x.confidence for x in [f, *same])
+        found = [x for x in found if x not in same]
+        found.append(replace(f, confidence=sure, remedies=_fitting(f, view, record.narrow)))
     if _has_learnt(record, chance):
         found = [f for f in found if f.confidence >= CERTAIN or f.kind not in CAUSES]
         found = [f for f in found if f.kind not in ("dead", "saturated")]
-    return Verdict.of([*found, *_passed(_View(record, layers, chance), found)], len(record))
+    in_time = list(_passed_in_time(view, found))
+    told = {(f.kind, f.layer) for f in in_time}
+    past = [f for f in _passed(view, found) if (f.kind, f.layer) not in told]
+    return Verdict.of([*found, *in_time, *past], len(record), _unknown(view))
 
 
 def _has_learnt(record: Record, chance: float | None) -> bool:
@@ -197,14 +117,14 @@ def _has_learnt(record: Record, chance: float | None) -> bool:
 def suspicions(
     record: Record, *, layers: Sequence[str] | None = None, chance: float | None = None
 ) -> list[Finding]:
-    """Everything that might be wrong, however unlikely; what `judge` chooses from."""
+    """Everything that might be wrong from layer to layer; what `judge` chooses from."""
     if not len(record):
         raise HealthError(
             "judge: the record is empty; record a step first, or read a file that holds some"
         )
     view = _View(record, layers, chance)
     with np.errstate(all="ignore"):
-        found = [finding for look in _LOOKS for finding in look(view)]
+        found = [f for look in _LOOKS for f in look(view)]
     return [replace(f, remedies=_fitting(f, view, record.narrow)) for f in found]
 
 
@@ -266,7 +186,7 @@ def profile_findings(
                 f"(first {unit} against last)"
             )
         off = ratio > begins if begins > 1 else ratio < begins
-        found.append(_finding(kind, sure, text, names[first], _since(off, steps), growth))
+        found.append(finding(kind, sure, text, names[first], _since(off, steps), growth))
     return found
 
 
@@ -327,7 +247,7 @@ def _nonfinite(view: _View) -> list[Finding]:
         layer, what = view.names[i], f"the gradient of {view.kinds[i]} is not finite"
     start = " from the first step on" if row == 0 else ""
     text = f"non-finite: {what}{start}"
-    return [_finding("non-finite", 1.0, text, layer, int(view.steps[row]))]
+    return [finding("non-finite", 1.0, text, layer, int(view.steps[row]))]
 
 
 def _growth(view: _View) -> list[Finding]:
@@ -352,7 +272,7 @@ def _growth(view: _View) -> list[Finding]:
                 "(last layer against first)"
             )
             since = _since(ratio > SWOLLEN, view.steps.tolist())
-            found.append(_finding("exploding", sure, text, names[places[-1]], since, growth))
+            found.append(finding("exploding", sure, text, names[places[-1]], since, growth))
     return found
 
 
@@ -373,10 +293,84 @@ def _passed(view: _View, found: Sequence[Finding]) -> list[Finding]:
         end = int(np.flatnonzero(off)[-1]) + 1 if off.any() else len(off)
         if f.confidence < CERTAIN or f.kind in lasting or end == len(off):
             continue
-        until = int(view.steps[end])
-        text = f.text.replace(":", " at the start:", 1) + f"; recovered at step {until}"
-        past.append(replace(f, text=text, remedies=(), until=until))
+        past.append(_recovered(f, int(view.steps[end])))
     return past
+
+
+def _over_time(view: _View) -> list[tuple[str, float, float, Floats, Floats, Floats]]:
+    """What time does to gradients of each layer, [rows, layers].
+
+    A kind; the logarithms of the factors from which on it is trouble, and certain; those of the
+    factors that were seen, over all steps and of a single one; and how many steps these are.
+    """
+    away, steps = view["time_away"], view["time_steps"]
+    with np.errstate(all="ignore"):
+        each = np.clip(np.log(view["time_growth"]), -MOST, MOST)
+    each = np.where(np.isnan(away), np.nan, each)  # the loss does not depend on the others
+    # Of recurrent layers above each other, one that remembers is enough.
+    best = np.where(np.isnan(each), -MOST, each).max(axis=1, initial=-MOST, keepdims=True)
+    best = np.where(np.isnan(each), np.nan, best)
+    certain = math.log(MARGIN * EXTREME)
+    return [
+        (kind, math.log(begins), sure, rate * many, rate, many)
+        for kind, begins, sure, rate, many in (
+            ("exploding", GROWN, certain, each, steps),
+            ("vanishing", SHRUNK, -certain, best, away),
+        )
+    ]
+
+
+def _through_time(view: _View, rows: slice = slice(None)) -> list[Finding]:
+    """Whether what goes back through time explodes, or vanishes on its way to the first steps.
+
+    Where the loss uses the outputs of all steps, its gradient is at the first ones in any case, and
+    a short memory is no fault: not every task takes a long one. What explodes is, but training may
+    cope with it.
+    """
+    found = []
+    for kind, begins, certain, total, rate, many in _over_time(view):
+        now = [float(_recent(column)) for column in total[rows].T]
+        known = [i for i, x in enumerate(now) if x == x]
+        if not known:
+            continue
+        i = max(known, key=lambda i: now[i] * math.copysign(1, begins))
+        sure = _between(now[i], begins, certain)
+        if not sure:
+            continue
+        if kind == "exploding" and not _recent(view["time_away"][rows, i]):
+            sure = min(sure, 0.94)
+        growth, steps = _exp(float(_recent(rate[rows, i]))), _recent(many[rows, i])
+        text = (
+            f"{kind} through time: gradients ×{growth:.3g} a time step over {steps:.0f} time steps "
+            f"= {_exp(now[i]):.2g} (first time step against last)"
+        )
+        off = total[rows, i] * math.copysign(1, begins) > abs(begins)
+        since = _since(off, view.steps[rows].tolist())
+        f = finding(kind, sure, text, view.names[i], since, growth)
+        found.append(replace(f, remedies=tuple(r for r in _IN_TIME if r in f.remedies)))
+    return found
+
+
+def _passed_in_time(view: _View, found: Sequence[Finding]) -> Iterator[Finding]:
+    """What was extreme through time in the first row, and no longer is in the last."""
+    lasting = {f.kind for f in found if f.confidence >= SHOWN}
+    totals = {kind: total * math.copysign(1, begins) for kind, begins, _, total, *_ in
+              _over_time(view)}  # fmt: skip
+    for f in _through_time(view, slice(1)):
+        off = totals[f.kind][:, view.names.index(f.layer or "")] > math.log(EXTREME)
+        end = int(np.flatnonzero(off)[-1]) + 1 if off.any() else len(off)
+        if f.confidence >= CERTAIN and f.kind not in lasting and end < len(off):
+            yield _recovered(f, int(view.steps[end]))
+
+
+def _recovered(f: Finding, until: int) -> Finding:
+    text = f.text.replace(":", " at the start:", 1) + f"; recovered at step {until}"
+    return replace(f, text=text, remedies=(), until=until)
+
+
+def _exp(x: float) -> float:
+    """e to the power of x, 0 and infinity for what is hardly a number any more."""
+    return math.exp(x) if abs(x) < MOST else math.inf if x > 0 else 0.0
 
 
 def _dead(view: _View) -> list[Finding]:
@@ -397,7 +391,7 @@ def _share(view: _View, statistic: str, bound: float, text: str) -> list[Finding
     others = f", and so in {len(over) - 1} more layers" if len(over) > 1 else ""
     text = f"{statistic}: {now[i]:.0%} {text} in {view.kinds[i]}{others}"
     since = _since(shares[:, i] >= bound, view.steps.tolist())
-    return [_finding(statistic, 0.6 + 0.4 * (now[i] - bound) / (1 - bound), text,
+    return [finding(statistic, 0.6 + 0.4 * (now[i] - bound) / (1 - bound), text,
                      view.names[i], since)]  # fmt: skip
 
 
@@ -406,7 +400,7 @@ def _not_reached(view: _View) -> list[Finding]:
     owns = ~np.isnan(view["parameter_norm"]).all(axis=0)
     if owns.any() and view.frozen[owns].all():
         text = "not reached: all layers with parameters are frozen; there is nothing to train"
-        return [_finding("not reached", 1.0, text, None, int(view.steps[0]))]
+        return [finding("not reached", 1.0, text, None, int(view.steps[0]))]
     owns &= ~view.frozen
     without = np.flatnonzero(owns & np.isnan(gradients).all(axis=0))
     if not without.size:
@@ -419,7 +413,7 @@ def _not_reached(view: _View) -> list[Finding]:
             f"not reached: {len(without)} of {owns.sum()} layers with parameters got no gradient "
             f"({names}); the loss does not depend on them, or they are cut off by detach()"
         )
-    return [_finding("not reached", 0.9, text, view.names[without[0]], int(view.steps[0]))]
+    return [finding("not reached", 0.9, text, view.names[without[0]], int(view.steps[0]))]
 
 
 def _starved(view: _View) -> list[Finding]:
@@ -433,7 +427,7 @@ def _starved(view: _View) -> list[Finding]:
     of = f": gradients of norm {norm:.3g} are cut to {norm * now:.3g}" if norm == norm else ""
     text = f"clip-starved: the clip coefficient fell to {now:.2g}{of}"
     since = _since(coefficient < STARVED, view.steps.tolist())
-    return [_finding("clip-starved", 0.9, text, None, since)]
+    return [finding("clip-starved", 0.9, text, None, since)]
 
 
 def _loss(view: _View) -> list[Finding]:
@@ -453,19 +447,51 @@ def _loss(view: _View) -> list[Finding]:
     ):
         since = int(steps[int(np.argmin(smooth))])
         text = f"diverging: the loss rose from {best:.3g} to {end:.3g}"
-        return [_finding("diverging", 0.9, text, None, since)]
+        return [finding("diverging", 0.9, text, None, since)]
+    sure, of = 1.0, ""
     if len(loss) < FEW:
-        return []
+        # A mean of few would tell little: the later half is asked one by one, and must not fall.
+        later = loss[(len(loss) + 1) // 2 :]
+        if len(later) < AGREE or steps[-1] < EARLY or _falls(later):
+            return []
+        end, sure = float(later.min()), (len(later) + 1) / (len(later) + 2)  # Laplace, as above
+        of = f" at best in {len(later)} rows"
     if view.chance is not None and end > LEARNT * view.chance:
         text = (
-            f"stalled: after {steps[-1]} steps the loss is {end:.4g}, and the best constant answer "
-            f"has {view.chance:.4g}"
+            f"stalled: after {steps[-1]} steps the loss is {end:.4g}{of}, and the best constant "
+            f"answer has {view.chance:.4g}"
         )
-        return [_finding("stalled", 0.9, text, None, int(steps[0]))]
+        return [finding("stalled", min(0.9, sure), text, None, int(steps[0]))]
     if view.chance is None and end > start - 0.03 * abs(start):
-        text = f"stalled: the loss is {end:.4g} after {steps[-1]} steps, and was {start:.4g}"
-        return [_finding("stalled", 0.8, text, None, int(steps[0]))]
+        text = f"stalled: the loss is {end:.4g}{of} after {steps[-1]} steps, and was {start:.4g}"
+        return [finding("stalled", min(0.8, sure), text, None, int(steps[0]))]
     return []
+
+
+def _falls(loss: Floats) -> bool:
+    """Whether the later half of some losses lies below the earlier one."""
+    half = len(loss) // 2
+    return _below(float(loss[-half:].mean()), float(loss[:half].mean()))
+
+
+def _below(loss: float, bar: float) -> bool:
+    """Whether a loss, which may be negative, is clearly below another."""
+    return loss < bar - (1 - LEARNT) * abs(bar)
+
+
+def _unknown(view: _View) -> str:
+    """Why the losses do not tell whether the net learns; "" if they do."""
+    finite = np.flatnonzero(np.isfinite(view.scalars["loss"]))
+    loss = view.scalars["loss"][finite]
+    if not len(loss):
+        return "whether it learns is not known, for no loss was recorded"
+    if len(loss) >= FEW:
+        return ""
+    bar = min(loss[:2].min(), math.inf if view.chance is None else view.chance)
+    if len(loss) >= 4 and _below(loss[-2:].max(), bar):
+        return ""
+    many = "one loss does" if len(loss) == 1 else f"{len(loss)} losses do"
+    return f"{many} not tell whether it learns (the last is of step {view.steps[finite[-1]]})"
 
 
 _LOOKS: tuple[Callable[[_View], list[Finding]], ...] = (
@@ -474,18 +500,6 @@ _LOOKS: tuple[Callable[[_View], list[Finding]], ...] = (
 
 
 # -- helpers ---------------------------------------------------------------------------------------
-
-
-def _finding(
-    kind: str,
-    confidence: float,
-    text: str,
-    layer: str | None = None,
-    step: int | None = None,
-    growth: float | None = None,
-) -> Finding:
-    known = min(1.0, max(0.0, float(confidence)))
-    return Finding(kind, layer, step, growth, round(known, 3), text, remedies_for(kind))
 
 
 def _between(x: float, begins: float, certain: float) -> float:

@@ -11,6 +11,7 @@ import pytest
 import gpugrad as gg
 from gpugrad import nn
 from gpugrad.health import HealthError, Monitor, Record, judge, observe
+from gpugrad.health.monitor import _Schedule
 from tests.backend.counting import counting
 
 ROOT = Path(__file__).parents[2]
@@ -383,3 +384,12 @@ def test_numbers_are_copied_from_a_gpu_beside_the_work(gpus, device) -> None:
         [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_steps_that_are_not_recorded_stay_known() -> None:
+    schedule = _Schedule(None)
+    schedule._times[0].extend([2.0] * 9)  # before something else on the machine ended
+    schedule._times[1].append(1.0)
+    assert schedule._following(100) == 102
+    schedule._times[0].extend([0.5] * 101)
+    assert schedule._following(100) == 150

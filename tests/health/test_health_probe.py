@@ -7,7 +7,7 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import nn
-from gpugrad.health import HealthError, observe
+from gpugrad.health import HealthError, judge, observe
 from gpugrad.health.probe import layers_of
 from tests.backend.counting import counting
 
@@ -177,6 +177,10 @@ def test_frozen_layers_and_layers_not_reached() -> None:
     assert math.isnan(signal["a"]) and math.isnan(signal["aside"])
     assert std["a"] > 0 and std["aside"] > 0 and math.isnan(std["never"])
     assert not np.isnan(record.values["parameter_norm"]).any()
+    assert record.frozen == ["a"]
+    (found,) = judge(record).findings
+    assert found.kind == "not reached" and "2 of 3 layers" in found.text
+    assert judge(record, layers=["a", "b"]).healthy
 
 
 def test_no_parameters() -> None:

@@ -10,9 +10,9 @@ from gpugrad import nn
 from gpugrad.health import surgery
 from gpugrad.health.diagnosis import diagnose, remedied
 from gpugrad.health.errors import HealthError
+from gpugrad.health.findings import KINDS
 from gpugrad.health.remedies import REMEDIES, remedies_for
 from gpugrad.health.surgery import Impossible, Residual
-from gpugrad.health.verdict import KINDS
 from gpugrad.models.mlp import MLP
 
 RNG = np.random.default_rng(0)

@@ -10,8 +10,8 @@ import pytest
 from bench import health_runs
 from bench.health_runs import NO_OPTION, PAGE, RECALL, RUNS, Change, Run, changed, examine
 from gpugrad.cli.config import make_config
+from gpugrad.health.findings import KINDS, Finding, Verdict
 from gpugrad.health.remedies import REMEDIES
-from gpugrad.health.verdict import KINDS, Finding, Verdict
 
 #: Quick ones, each of another kind.
 CHOSEN = [

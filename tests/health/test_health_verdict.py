@@ -230,6 +230,46 @@ def test_losses_that_rise_or_stand_still():
     assert judge(record(loss=lambda r: 2.0 * 0.8**r)).healthy  # it has converged
 
 
+def test_few_rows_tell_only_what_they_agree_on():
+    stands = lambda r: 2.3 + 0.01 * (-1) ** r
+    (found,) = judge(record(rows=12, loss=stands), chance=2.3).findings
+    assert (found.kind, found.step, found.confidence) == ("stalled", 1, 0.875)
+    assert "after 111 steps the loss is 2.29 at best in 6 rows, and the best" in found.text
+    (found,) = judge(record(rows=12, loss=stands)).findings
+    assert (found.kind, found.confidence) == ("stalled", 0.8)
+    assert judge(record(rows=19, loss=stands), chance=2.3).findings[0].confidence == 0.9
+    # One loss that is lower, or fewer steps, or fewer rows: nobody knows.
+    for rows, loss in ((12, lambda r: 1.9 if r == 9 else 2.3), (8, stands)):
+        verdict = judge(record(rows=rows, loss=loss), chance=2.3)
+        assert verdict.healthy
+        assert verdict.findings[0].text == (
+            f"healthy: nothing explodes or vanishes; {rows} losses do not tell whether it learns "
+            f"(the last is of step {10 * rows - 9})"
+        )
+    # It comes down from a bad start, and may go on to; or it has stopped at what guessing gives.
+    assert judge(record(rows=16, loss=lambda r: 60 - 3 * r), chance=2.3).healthy
+    assert judge(record(rows=16, loss=lambda r: 2.3 + 60 * 0.2**r), chance=2.3).kind == "stalled"
+    apart = Record(["0"], ["Linear"])
+    for step in (1, 2, 100, 1000, 10_000):
+        apart.append(step, {"gradient_norm": [1.0]}, {"loss": 2.3})
+    assert judge(apart, chance=2.3).healthy
+    apart.append(100_000, {"gradient_norm": [1.0]}, {"loss": 2.3})
+    assert judge(apart, chance=2.3).kind == "stalled"
+
+
+def test_what_is_known_of_learning_is_said():
+    def text(**given):
+        return judge(record(**given)).findings[0].text
+
+    learns = "healthy: nothing explodes, vanishes or stands still"
+    assert text() == text(rows=6) == text(rows=4, loss=lambda r: -1.5 * r) == learns
+    assert text(rows=3).endswith("3 losses do not tell whether it learns (the last is of step 21)")
+    assert text(rows=1).endswith(
+        "; one loss does not tell whether it learns (the last is of step 1)"
+    )
+    assert text(loss=NAN).endswith("; whether it learns is not known, for no loss was recorded")
+
+
 def test_findings_are_sorted_and_made_for_json():
     made = record(
         gradient_norm=np.geomspace(1e-9, 1, 6), saturated=np.full(6, 0.99), loss=2.3, kind="Tanh"
