@@ -55,6 +55,6 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=lambda gg, x: gg.permute_dims(x, (1, 0, 2)).reshape((-1,)),
         torch=lambda torch, x: x.permute(1, 0, 2).reshape(-1),
         plain=lambda np, x: np.reshape(np.transpose(x, (1, 0, 2)), (-1,)),
-        covers=("ops/manipulation",), moved=lambda *n: 2 * product(*n),
+        covers=("ops/manipulation", "kernels/cpu/layout"), moved=lambda *n: 2 * product(*n),
     ),
 )  # fmt: skip

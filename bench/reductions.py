@@ -52,7 +52,7 @@ WORKLOADS: tuple[Workload, ...] = (
         ours=lambda gg, x: gg.cumulative_sum(x, axis=-1),
         torch=lambda torch, x: torch.cumsum(x, -1),
         jax=lambda jax, x: jax.numpy.cumsum(x, -1),
-        covers=("ops/reductions",),
+        covers=("ops/reductions", "kernels/cpu/scan"),
         moved=lambda *n: 4 * product(*n), flops=lambda *n: 2 * product(*n),
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ The target of a cross-entropy is a distribution over the classes times the class
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from gpugrad.kernels import template
@@ -112,9 +113,15 @@ def smoothing(label_smoothing: float, classes: int) -> tuple[float, float]:
     return 1.0 - label_smoothing, label_smoothing / classes
 
 
+@cache
+def _counts(dtype: Any) -> bool:
+    """Whether a dtype, of any library, is one of whole numbers."""
+    return str(dtype).strip("u") in ("int8", "int16", "int32", "int64")
+
+
 def mismatch(input: Any, target: Any, weight: Any, ignore_index: Any) -> str | None:
     """Why logits, targets, and weights of the classes are nothing for a kernel; arrays, all."""
-    if str(target.dtype).strip("u") not in ("int8", "int16", "int32", "int64"):
+    if not _counts(target.dtype):
         return f"targets of {target.dtype}"
     if not -(2**63) <= ignore_index < 2**63:
         return f"{ignore_index} to be ignored, which is no int64"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -12,10 +13,14 @@ import numpy as np
 
 from gpugrad.backend import scratch
 from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype, is_basic
-from gpugrad.backend.kernels import Slot
+from gpugrad.backend.kernels import Slot, fusible
 
 #: Elements of a temporary array that stays in the processor's cache.
 _BLOCK = 8192
+
+#: Elements of an array from which it pays to look at how it lies in memory before it is copied;
+#: and where it does so in runs of at least so many, which one thread is quick to copy.
+_LARGE, _VERY_LARGE, _RUN = 1 << 16, 1 << 19, 16
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -69,6 +74,23 @@ class NumpyBackend(Backend):
             options["device"] = "cpu"
         return np.from_dlpack(x, **options)
 
+    def reshape(
+        self, x: Array, /, shape: int | tuple[int, ...], *, copy: bool | None = None
+    ) -> Array:
+        if copy is not None:
+            return x.reshape(shape, copy=copy)
+        if x.size >= _LARGE and not x.flags.c_contiguous:
+            x = self._in_order(x, shape)
+        return x.reshape(shape)
+
+    def _in_order(self, x: Array, shape: int | tuple[int, ...]) -> Array:
+        """``x``, or a copy of it where a view cannot have the shape and a kernel may be quicker."""
+        try:
+            return x.reshape(shape, copy=False)
+        except ValueError:  # no view of it has this shape
+            layout = exchange(x)
+        return x if layout is None else exchanged_copy(self, x, *layout)
+
     def storage(self, x: Array) -> Any:
         while isinstance(x.base, np.ndarray):
             x = x.base
@@ -101,6 +123,38 @@ class NumpyBackend(Backend):
         out = np.concatenate([super(NumpyBackend, self).erf(flat[i : i + _BLOCK])
                               for i in range(0, flat.size, _BLOCK)])  # fmt: skip
         return out.reshape(x.shape)
+
+
+def exchange(x: Array) -> tuple[int, int, int, int] | None:
+    """How two blocks of axes of ``x`` have changed places in memory, where that is all.
+
+    In memory the elements are (items, rows, columns, run), in ``x`` (items, columns, rows, run).
+    None for any other layout, for what is no number of four or eight bytes, for short runs, and
+    for runs of less than :data:`_VERY_LARGE` elements in all.
+    """
+    if not (x.flags.aligned and x.dtype.itemsize in (4, 8) and x.dtype.kind in "fiuc"):
+        return None
+    axes = [i for i, n in enumerate(x.shape) if n != 1]
+    order = sorted(axes, key=lambda i: -x.strides[i])
+    moved = [k for k, (i, j) in enumerate(zip(axes, order)) if i != j]
+    if not moved or not x.squeeze().transpose([axes.index(i) for i in order]).flags.c_contiguous:
+        return None
+    first, behind = moved[0], moved[-1] + 1
+    middle = axes.index(order[first])
+    if order[first:behind] != axes[middle:behind] + axes[first:middle]:
+        return None
+    items, columns, rows, run = (
+        math.prod(x.shape[i] for i in axes[a:b])
+        for a, b in ((0, first), (first, middle), (middle, behind), (behind, len(axes)))
+    )
+    pays = run == 1 or (run >= _RUN and x.size >= _VERY_LARGE)
+    return (items, rows, columns, run) if pays else None
+
+
+@fusible
+def exchanged_copy(m: Backend, x: Array, items: int, rows: int, columns: int, run: int) -> Array:
+    """The elements of ``x`` in C's order, from what :func:`exchange` says of it."""
+    return np.ascontiguousarray(x)
 
 
 def _add_at(g: Array, index: Any, shape: tuple[int, ...]) -> Array:

@@ -118,6 +118,12 @@ def _layer(operands: Sequence[Any], options: Mapping[str, Any], y: Any) -> Cost:
     )  # fmt: skip
 
 
+def _transposed(operands: Sequence[Any], options: Mapping[str, Any], y: Any) -> Cost:
+    """Each element of the input is multiplied by the weights that lead from its channel."""
+    x, weight, bias = operands
+    return Cost(_size(x) * math.prod(weight.shape[1:]), (bias is not None) * _size(y))
+
+
 def _attention(operands: Sequence[Any], options: Mapping[str, Any], y: Any) -> Cost:
     query, key, value = (x.shape for x in operands[:3])
     scores = math.prod(y.shape[:-1]) * key[-2]
@@ -155,6 +161,7 @@ _COUNTS: dict[str, Count] = {
     "linear": _layer,
     "linear_activation": _layer,
     "convolution": _layer,
+    "transposed_convolution": _transposed,
     "attention": _attention,
     "packed_attention": _packed_attention,
     "rnn_layer": _recurrent(0),

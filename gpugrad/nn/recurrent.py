@@ -155,7 +155,11 @@ class _Recurrent(_Weights):
                 outputs.append(output)
                 last.append(found[: self.states])
             input = outputs[0] if directions == 1 else ops.concat(outputs, axis=-1)
-        after = tuple(ops.stack(s, axis=0) for s in zip(*last))
+        # What is alone is seen with an axis more; nothing is copied.
+        after = tuple(
+            ops.stack(s, axis=0) if len(s) > 1 else ops.expand_dims(s[0], axis=0)
+            for s in zip(*last)
+        )
         if not batched:
             return ops.squeeze(input, axis=1), tuple(ops.squeeze(s, axis=1) for s in after)
         return ops.permute_dims(input, (1, 0, 2)) if self.batch_first else input, after

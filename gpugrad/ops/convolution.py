@@ -77,13 +77,17 @@ def crop(m: Any, x: Any, shape: Sizes, padding: Pads) -> Any:
 
 
 def unfold(
-    m: Any, x: Any, kernel: Sizes, out: Sizes, stride: Sizes, padding: Pads, dilation: Sizes
-) -> Any:
-    """Every window of x, shape [N, C, \\*axes]: [N, C, places in a window, \\*out]."""
+    m: Any, x: Any, kernel: Sizes, out: Sizes, stride: Sizes, padding: Pads, dilation: Sizes,
+    axis: int = 2,
+) -> Any:  # fmt: skip
+    """Every window of x, shape [N, C, \\*axes]: [N, C, places in a window, \\*out].
+
+    With ``axis=1`` the places in a window come between the first two axes.
+    """
     if any(map(any, padding)):
         whole, inside = with_border(x.shape, padding)
         x = m.scatter_add(x, inside, whole)
-    return m.stack([m.getitem(x, tap) for tap in taps(out, kernel, stride, dilation)], axis=2)
+    return m.stack([m.getitem(x, tap) for tap in taps(out, kernel, stride, dilation)], axis=axis)
 
 
 def fold(
@@ -92,10 +96,19 @@ def fold(
 ) -> Any:  # fmt: skip
     """The transpose of :func:`unfold`: windows added up to an array of the given shape."""
     whole, _ = with_border(shape, padding)
+    raw = m is not differentiable and m.mutable
     total: Any = None
+    if raw:
+        dtype, device = m.numpy_dtype(windows), m.device(windows)
+        total = m.create("zeros", whole, dtype=dtype, device=device)
     for k, tap in enumerate(taps(windows.shape[3:], kernel, stride, dilation)):
-        part = m.scatter_add(m.getitem(windows, (slice(None), slice(None), k)), tap, whole)
-        total = part if total is None else total + part
+        part = m.getitem(windows, (slice(None), slice(None), k))
+        if raw:  # a view is added to: one pass over what the windows have there
+            view = m.getitem(total, tap)
+            view += part
+        else:
+            part = m.scatter_add(part, tap, whole)
+            total = part if total is None else total + part
     return crop(m, total, shape, padding)
 
 
@@ -123,7 +136,7 @@ def _product(
 def convolution_backward(
     m: Any, g: Any, x: Any, weight: Any, bias: Any, kept: Any, stride: Sizes, padding: Pads,
     dilation: Sizes, groups: int, activation: str | None, needs: Sequence[bool],
-    weight_home: Any = None,
+    weight_home: Any = None, bias_home: Any = None,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """The gradients of input, weight and bias, each None unless it is needed.
 
@@ -133,30 +146,94 @@ def convolution_backward(
         g = ACTIVATIONS[activation].partial(m, g, kept)
     gx = gw = gb = None
     if needs[2]:
-        gb = m.reshape(m.sum_to(g, (g.shape[1], *(1,) * (g.ndim - 2))), bias.shape)
+        gb = sum_over_places(m, g, bias_home)
     batch, outputs, *out = g.shape
     inner, count = math.prod(weight.shape[1:]), math.prod(out)
     kernel = weight.shape[2:]
-    rows = grouped(m, g, groups, outputs // groups, count)
+    border = tuple(
+        (d * (k - 1) - low, d * (k - 1) - high)
+        for d, k, (low, high) in zip(dilation, kernel, padding)
+    )
+    # Windows of g in place of those of x: with many more outputs than channels they were larger.
+    gathers = set(stride) == {1} and min(map(min, border)) >= 0 and outputs <= 2 * x.shape[1]
+    if needs[0] and gathers:
+        return *_gathered(m, g, x, weight, border, dilation, groups, needs[1], weight_home), gb
     if needs[0]:
         turned = m.matrix_transpose(m.reshape(weight, (groups, outputs // groups, inner)))
+        rows = grouped(m, g, groups, outputs // groups, count)
         windows = m.reshape(m.matmul(turned, rows), (batch, x.shape[1], math.prod(kernel), *out))
         gx = fold(m, windows, x.shape, kernel, stride, padding, dilation)
     if needs[1]:
-        windows = unfold(m, x, kernel, tuple(out), stride, padding, dilation)
-        columns = grouped(m, windows, groups, inner, count)
-        left = m.reshape(m.permute_dims(rows, (1, 2, 0, 3)), (*rows.shape[1:3], batch * count))
-        right = m.reshape(m.permute_dims(columns, (1, 0, 3, 2)), (groups, batch * count, inner))
-        gw = m.reshape(m.matmul(left, right), weight.shape)
-        if weight_home is not None:
-            m.setitem(weight_home, ..., gw)
-            gw = weight_home
+        windows = unfold(
+            m, exchanged(m, x), kernel, tuple(out), stride, padding, dilation, axis=1
+        )  # fmt: skip
+        left = per_group(m, exchanged(m, g), groups, outputs // groups, batch * count)
+        right = per_group(m, windows, groups, inner, batch * count)
+        gw = m.reshape(m.matmul(left, m.matrix_transpose(right)), weight.shape)
+        gw = at_home(m, gw, weight_home)
     return gx, gw, gb
+
+
+def exchanged(m: Any, x: Any) -> Any:
+    """x with its first two axes, images and channels, exchanged."""
+    return m.permute_dims(x, (1, 0, *range(2, x.ndim)))
+
+
+def per_group(m: Any, x: Any, groups: int, rows: int, columns: int) -> Any:
+    """x, channels first, as a matrix per group; that of one group alone is a plain matrix."""
+    return m.reshape(x, (groups, rows, columns) if groups > 1 else (rows, columns))
+
+
+def at_home(m: Any, x: Any, home: Any) -> Any:
+    """A gradient, in the memory that its operand has for it, if it has."""
+    if home is None or m is differentiable:
+        return x
+    m.setitem(home, ..., x)
+    return home
+
+
+def sum_over_places(m: Any, g: Any, home: Any) -> Any:
+    """The sum of g, shape [N, O, \\*axes], over all axes but the second: a bias's gradient."""
+    if home is None or m is differentiable or m.numpy_dtype(g).itemsize == 2:
+        total = m.sum_to(g, (g.shape[1], *(1,) * (g.ndim - 2)))
+        return at_home(m, m.reshape(total, (g.shape[1],)), home)
+    m.xp.sum(g, axis=(0, *range(2, g.ndim)), out=home)
+    return home
+
+
+def _gathered(
+    m: Any, g: Any, x: Any, weight: Any, border: Pads, dilation: Sizes, groups: int,
+    wants_weight: bool, weight_home: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The gradients of input and weight where the stride is 1: products with the windows of g.
+
+    A window is what one place of the input has a share in; each ends where the weight begins.
+    """
+    outputs, inner, *kernel = weight.shape
+    batch, channels, *sizes = x.shape
+    outer, places_, count = outputs // groups, math.prod(kernel), batch * math.prod(sizes)
+    still = (1,) * len(kernel)
+    windows = unfold(
+        m, exchanged(m, g), tuple(kernel), tuple(sizes), still, border, dilation, axis=1
+    )  # fmt: skip
+    windows = per_group(m, windows, groups, outer * places_, count)
+    turned = m.flip(m.reshape(weight, (groups, outer, inner, places_)), axis=-1)
+    turned = m.permute_dims(turned, (0, 2, 1, 3))
+    turned = per_group(m, turned, groups, inner, outer * places_)
+    gx = exchanged(m, m.reshape(m.matmul(turned, windows), (channels, batch, *sizes)))
+    if not wants_weight:
+        return gx, None
+    seen = per_group(m, exchanged(m, x), groups, inner, count)
+    gw = m.reshape(m.matmul(windows, m.matrix_transpose(seen)), (outputs, *kernel, inner))
+    last = len(kernel) + 1
+    gw = m.permute_dims(m.flip(gw, axis=tuple(range(1, last))), (0, last, *range(1, last)))
+    return gx, at_home(m, gw, weight_home)
 
 
 def _convolution_vjp(
     m: Any, g: Any, x: Any, weight: Any, bias: Any, kept: Any, stride: Sizes, padding: Pads,
     dilation: Sizes, groups: int, activation: str | None, needs: Any, weight_home: Any,
+    bias_home: Any,
 ) -> Any:  # fmt: skip
     if m is differentiable and activation is not None:
         # What was kept beside the result would count as a constant.
@@ -165,7 +242,7 @@ def _convolution_vjp(
         kept = chosen.forward(m, kept) if chosen.from_result else kept
     return convolution_backward(
         m, g, x, weight, bias, kept, stride, padding, dilation, groups, activation, needs,
-        weight_home,
+        weight_home, bias_home,
     )  # fmt: skip
 
 

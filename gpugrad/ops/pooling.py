@@ -10,20 +10,21 @@ import numpy as np
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
 from gpugrad.core.conversion import asarray
-from gpugrad.core.primitive import composite, linear, primitive, sample
+from gpugrad.core.primitive import composite, differentiable, linear, primitive, sample
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.ops.convolution import (
     Pads,
     Sizes,
     crop,
+    fold,
     places,
     spread,
     taps,
     unfold,
     with_border,
 )
-from gpugrad.ops.creation import ones
+from gpugrad.ops.creation import arange, ones
 from gpugrad.ops.joining import concat
 from gpugrad.ops.manipulation import expand_dims, squeeze
 from gpugrad.ops.reductions import mean
@@ -65,12 +66,31 @@ def max_pool_backward(
     dilation: Sizes,
 ) -> Any:  # fmt: skip
     """Each element of g where its window's largest element is, added up, in an array of `shape`."""
-    whole, _ = with_border(shape, padding)
-    total: Any = None
-    for k, tap in enumerate(taps(g.shape[2:], kernel, stride, dilation)):
-        part = m.scatter_add(m.where(winner == k, g, 0.0), tap, whole)
-        total = part if total is None else total + part
-    return crop(m, total, shape, padding)
+    count, still = math.prod(kernel), (1,) * len(kernel)
+    if m is differentiable:
+        numbers = arange(count, dtype=winner.dtype, device=winner.device)
+    else:
+        numbers = m.create("arange", count, dtype=m.numpy_dtype(winner), device=m.device(winner))
+    if kernel == stride and dilation == still:
+        # Windows side by side: what is in them has every place once, and lies in order.
+        lead, out = g.shape[:2], g.shape[2:]
+        apart = (*lead, *(n for pair in zip(out, still) for n in pair))
+        numbers = m.reshape(numbers, tuple(n for pair in zip(still, kernel) for n in pair))
+        found = m.where(m.reshape(winner, apart) == numbers, m.reshape(g, apart), 0.0)
+        return _side_by_side(m, found, shape, kernel, padding)
+    numbers = m.reshape(numbers, (-1, *still))
+    found = m.where(m.expand_dims(winner, axis=2) == numbers, m.expand_dims(g, axis=2), 0.0)
+    return fold(m, found, shape, kernel, stride, padding, dilation)
+
+
+def _side_by_side(m: Any, windows: Any, shape: Sizes, kernel: Sizes, padding: Pads) -> Any:
+    """Windows, shape (N, C, and for each axis: windows, places in one), in an array of `shape`."""
+    pairs = zip(windows.shape[2::2], windows.shape[3::2])
+    covered = (*shape[:2], *(n * k for n, k in pairs))
+    x, (whole, _) = m.reshape(windows, covered), with_border(shape, padding)
+    if covered != whole:
+        x = m.scatter_add(x, (..., *(slice(n) for n in covered[2:])), whole)
+    return crop(m, x, shape, padding)
 
 
 def _max_pool_vjp(
@@ -170,13 +190,16 @@ def window_mean_backward(
     m: Any, g: Any, shape: Sizes, kernel: Sizes, stride: Sizes, padding: Pads, divisor: float
 ) -> Any:
     """The transpose of :func:`window_mean`."""
-    whole, _ = with_border(shape, padding)
-    g = g / divisor
-    total: Any = None
-    for tap in taps(g.shape[2:], kernel, stride, (1,) * len(kernel)):
-        part = m.scatter_add(g, tap, whole)
-        total = part if total is None else total + part
-    return crop(m, total, shape, padding)
+    g, still = g / divisor, (1,) * len(kernel)
+    if kernel == stride:
+        apart = tuple(n for pair in zip(g.shape[2:], still) for n in pair)
+        full = tuple(n for pair in zip(g.shape[2:], kernel) for n in pair)
+        g = m.broadcast_to(m.reshape(g, (*g.shape[:2], *apart)), (*g.shape[:2], *full))
+        return _side_by_side(m, g, shape, kernel, padding)
+    windows = m.broadcast_to(
+        m.expand_dims(g, axis=2), (*g.shape[:2], math.prod(kernel), *g.shape[2:])
+    )  # fmt: skip
+    return fold(m, windows, shape, kernel, stride, padding, still)
 
 
 @linear(

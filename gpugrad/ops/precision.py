@@ -8,8 +8,9 @@ __all__: list[str] = []
 
 #: What is quicker in a narrow type, and adds up in float32 by itself.
 PRODUCTS = (
-    "matmul", "linear", "linear_activation", "layers", "tensordot", "convolution", "attention",
-    "packed_attention", "rnn_layer", "lstm_layer", "gru_layer",
+    "matmul", "linear", "linear_activation", "layers", "tensordot", "convolution",
+    "transposed_convolution", "attention", "packed_attention", "rnn_layer", "lstm_layer",
+    "gru_layer",
 )  # fmt: skip
 
 #: What loses too much of a narrow type's range or precision.

@@ -497,6 +497,12 @@ def _only_axis(x_shape: tuple[int, ...], axis: int | None) -> int:
     return 0 if axis is None else axis % len(x_shape)
 
 
+@fusible
+def cumulative_sum_backward(m: Backend, g: Array, axis: int) -> Array:
+    """The running sum from the end: the gradient of the operand."""
+    return m.flip(m.cumulative_sum(m.flip(g, axis=axis), axis=axis), axis=axis)
+
+
 def _cumulative_sum_transpose(
     g: Array, m: Backend, x_shape: tuple[int, ...], x_dtype: Any, axis: int | None, dtype: Any,
     include_initial: bool,
@@ -506,7 +512,7 @@ def _cumulative_sum_transpose(
         g = m.astype(g, x_dtype)
     if include_initial:
         g = m.getitem(g, along(axis, slice(1, None)))
-    return m.flip(m.cumulative_sum(m.flip(g, axis=axis), axis=axis), axis=axis)
+    return cumulative_sum_backward(m, g, axis)
 
 
 @linear(

@@ -55,6 +55,8 @@ SLOTS = slots(
                 "extreme_backward",
             ),
         ),
+        "scan": (1 << 12, ("cumulative_sum", "cumulative_prod", "cumulative_sum_backward")),
+        "layout": (1 << 16, ("exchanged_copy",)),
         "losses": (1 << 12, ("pointwise_loss", "pointwise_loss_backward")),
         "reduce": (1 << 12, ("sum_of_squares", "max_abs", "nonfinite_count", "scaled")),
         "attention": (
@@ -78,6 +80,10 @@ SLOTS = slots(
             ),
         ),
         "convolution": (1 << 10, ("convolution", "convolution_backward")),
+        "transposed": (
+            1 << 10,
+            ("transposed_convolution", "transposed_convolution_backward"),
+        ),
         "linear": (
             1 << 11,
             ("linear", "linear_activation", "linear_activation_backward", "sum_over_rows"),

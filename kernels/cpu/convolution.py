@@ -34,7 +34,14 @@ from gpugrad.kernels.cpu.memory import (
     size_of,
 )
 from gpugrad.kernels.cpu.microkernel import packed_shape
-from gpugrad.kernels.cpu.windows import pack, rows_of_sums, spread_rows, unpack, weight_sums
+from gpugrad.kernels.cpu.windows import (
+    bordered,
+    pack,
+    rows_of_sums,
+    spread_rows,
+    unpack,
+    weight_sums,
+)
 from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, device
 from gpugrad.ops import formulas
@@ -58,22 +65,7 @@ slope: Any = Placeholder("slope")
 # A shape is (channels, outputs, places in a row, kernel rows, kernel columns, stride of rows, of
 # columns, dilation of rows, of columns, groups). Addresses are integers, strides count elements.
 
-# -- images ---------------------------------------------------------------------------------------
-
-
-@serial
-def _bordered(image, target, h, w, c, top, left, first, count, wide):
-    """Rows from `first`, of a border's upper left corner on, of an image in `wide` columns."""
-    size = size_of(T(0))
-    for r in range(count):
-        to = target + r * wide * c * size
-        i = first + r - top
-        if i < 0 or i >= h:
-            clear(to, wide * c)
-            continue
-        clear(to, left * c)
-        copy(image + i * w * c * size, to + left * c * size, w * c)
-        clear(to + (left + w) * c * size, (wide - left - w) * c)
+# -- results and their gradients -------------------------------------------------------------------
 
 
 @device
@@ -122,10 +114,11 @@ def _forward(shape, sizes, corner, x, packed, bias, z, y, band, scratch, room, p
             above = first * sh - top
             if room > 0:
                 source = scratch + part * room * size
-                _bordered(x + item * h * w * c * size, source, h, w, c, top, left, first * sh,
-                          (count - 1) * sh + (kh - 1) * dh + 1, wide)  # fmt: skip
+                bordered(x + item * h * w * c * size, source, h, w, c, top, left, first * sh,
+                         (count - 1) * sh + (kh - 1) * dh + 1, wide)  # fmt: skip
             start = (item * rows + first) * places * o * size
-            rows_of_sums(shape, source, wide * c, (-above, h - above), packed, z + start, count)
+            rows_of_sums(shape, source, wide * c, (-above, h - above), packed, z + start,
+                         (places * o, o), count)  # fmt: skip
             if bias != 0:
                 for r in range(count):
                     at = start + r * places * o * size
@@ -155,7 +148,7 @@ def _backward(shape, sizes, corner, border, wants, g, kept, x, packed, gx, sums,
     room, g_room = rooms
     size = size_of(T(0))
     turned = (o, c, w, kh, kw, 1, 1, dh, dw, groups)
-    bordered = wide > w or tall > h
+    has_border = wide > w or tall > h
     for part in prange(parts):
         images = scratch + part * at_once * (room + g_room) * size
         slopes = images + at_once * room * size
@@ -163,11 +156,9 @@ def _backward(shape, sizes, corner, border, wants, g, kept, x, packed, gx, sums,
         clear(slopes, at_once * g_room)
         for chunk in range(chunks * part // parts, chunks * (part + 1) // parts):
             total, bias = sums + chunk * weights * size, biases + chunk * places * o * size
-            if want_weight:
-                clear(total, weights)
             clear(bias, places * o)
-            last = (chunk + 1) * n // chunks
-            for first in range(chunk * n // chunks, last, at_once):
+            begin, last = chunk * n // chunks, (chunk + 1) * n // chunks
+            for first in range(begin, last, at_once):
                 items = min(at_once, last - first)
                 for k in range(items):
                     for r in range(rows):
@@ -176,25 +167,25 @@ def _backward(shape, sizes, corner, border, wants, g, kept, x, packed, gx, sums,
                         slope(g + at, kept + at, to, bias, places * o)
                 if want_weight:
                     source, image = x + first * h * w * c * size, h * w * c
-                    if bordered:
+                    if has_border:
                         for k in range(items):
-                            _bordered(source + k * image * size, images + k * room * size, h, w, c,
-                                      top, left, 0, tall, wide)  # fmt: skip
+                            bordered(source + k * image * size, images + k * room * size, h, w, c,
+                                     top, left, 0, tall, wide)  # fmt: skip
                         source, image = images, room
                     weight_sums(shape, source, wide * c, image, inside, g_wide * o, g_room, total,
-                                 items, rows)  # fmt: skip
+                                first == begin, items, rows)  # fmt: skip
                 if not want_input:
                     continue
                 for k in range(items):
                     target = gx + (first + k) * h * w * c * size
                     if gathered:
                         rows_of_sums(turned, slopes + k * g_room * size, g_wide * o,
-                              (g_top, g_top + rows), packed, target, h)  # fmt: skip
+                              (g_top, g_top + rows), packed, target, (w * c, c), h)  # fmt: skip
                         continue
-                    here = images if bordered else target
+                    here = images if has_border else target
                     clear(here, tall * wide * c)
                     spread_rows(shape, inside + k * g_room * size, wide * c, packed, here, rows)
-                    for r in range(h if bordered else 0):
+                    for r in range(h if has_border else 0):
                         at = ((top + r) * wide + left) * c * size
                         copy(images + at, target + r * w * c * size, w * c)
 
@@ -214,7 +205,7 @@ def _backward_loops(activation: str | None) -> CpuTemplate:
     return _backward.bind(slope=_slope.bind(df=rule))
 
 
-class _Call:
+class Call:
     """The numbers of a call, with a second axis where there is one only."""
 
     def __init__(self, x: Array, weight: Array, stride: Any, padding: Any, dilation: Any,
@@ -257,10 +248,30 @@ class _Call:
         packed = np.empty(self.groups * panels * taps * rows * width, storage)
         pack[storage](
             address(weight) + (taps - 1 if turned else 0) * weight.itemsize, address(packed),
-            self.groups, outer * self.inner * taps, taps, -1 if turned else 1, rows, strides[0],
-            columns, strides[1],
+            self.groups, outer * self.inner * taps, (1, taps), (0, -1 if turned else 1), rows,
+            strides[0], columns, strides[1],
         )  # fmt: skip
         return packed
+
+    def weights(self, storage: str) -> int:
+        """Elements of a gradient of the weights, in panels."""
+        outer = self.o // self.groups
+        panels, _, width = packed_shape(1, outer, storage)
+        each = self.o if self.alone else self.groups * panels * self.inner * width
+        return int(self.taps * each)
+
+    def unpacked(self, storage: str, sums: Array, shape: tuple[int, ...], home: Any) -> Array:
+        """The gradient of the weights, of those in panels that are added up in their order."""
+        gw = np.empty(shape, sums.dtype) if home is None else home
+        if self.alone:
+            gw[...] = sums.sum(axis=0).reshape(self.taps, self.o).T.reshape(shape)
+            return gw
+        dense = gw if gw.flags.c_contiguous and gw.flags.aligned else np.empty(shape, sums.dtype)
+        unpack[storage](address(sums), *sums.shape, address(dense), self.groups, self.taps,
+                        self.inner, self.o // self.groups)  # fmt: skip
+        if dense is not gw:
+            gw[...] = dense
+        return gw
 
     def outside(self, y: Array, shape: tuple[int, ...]) -> Array:
         """An array with the channels last, seen as (N, C, \\*axes)."""
@@ -271,8 +282,17 @@ class _Call:
         return channels_last(x[:, :, None] if x.ndim == 3 else x)
 
 
-def _widened(x: Any) -> Any:
+def widened(x: Any) -> Any:
+    """An array in single precision; nothing stays nothing."""
     return None if x is None else x.astype(np.float32)
+
+
+def narrowed(x: Array | None, dtype: Any, home: Array | None) -> Array | None:
+    """A result in half precision, in the memory that is meant for it, if there is some."""
+    if x is None or home is None:
+        return None if x is None else x.astype(dtype)
+    home[...] = x
+    return home
 
 
 def convolution(
@@ -283,11 +303,11 @@ def convolution(
     """The forward, and what the backward needs of it."""
     storage = numpy_storage(x.dtype)
     if x.dtype.itemsize == 2:
-        x32, w32, b32 = map(_widened, (x, weight, bias))
+        x32, w32, b32 = map(widened, (x, weight, bias))
         y, kept = convolution(m, x32, w32, b32, stride, padding, dilation, groups, activation)
         result = y.astype(x.dtype)
         return result, None if kept is None else result if kept is y else kept.astype(x.dtype)
-    call = _Call(x, weight, stride, padding, dilation, groups)
+    call = Call(x, weight, stride, padding, dilation, groups)
     own = call.inside(x)
     packed = call.packed(storage, transposed=False, turned=False)
     y = empty(call.result, x.dtype)
@@ -319,30 +339,25 @@ def convolution(
 def convolution_backward(
     m: Backend, g: Array, x: Array, weight: Array, bias: Array | None, kept: Array | None,
     stride: Any, padding: Any, dilation: Any, groups: int, activation: str | None, needs: Any,
-    weight_home: Array | None = None,
+    weight_home: Array | None = None, bias_home: Array | None = None,
 ) -> tuple[Array | None, ...]:  # fmt: skip
     """All gradients that are needed, in one pass over the batch."""
     storage = numpy_storage(x.dtype)
     if x.dtype.itemsize == 2:
-        g32, x32, w32, b32, kept32 = map(_widened, (g, x, weight, bias, kept))
+        g32, x32, w32, b32, kept32 = map(widened, (g, x, weight, bias, kept))
         found = convolution_backward(
             m, g32, x32, w32, b32, kept32, stride, padding, dilation, groups, activation, needs
         )
-        narrow = [a if a is None else a.astype(x.dtype) for a in found]
-        if weight_home is not None and narrow[1] is not None:
-            weight_home[...] = narrow[1]
-            narrow[1] = weight_home
-        return tuple(narrow)
-    call = _Call(x, weight, stride, padding, dilation, groups)
+        homes = None, weight_home, bias_home
+        return tuple(narrowed(a, x.dtype, home) for a, home in zip(found, homes))
+    call = Call(x, weight, stride, padding, dilation, groups)
     own, top = call.inside(x), call.inside(g)
     told = top if kept is None else call.inside(kept)
-    outer = call.o // groups
     gathered = call.gathered
     packed = (call.packed(storage, transposed=True, turned=gathered) if needs[0]
               else np.empty(0, x.dtype))  # fmt: skip
     gx = empty((call.n, call.h, call.w, call.c) if needs[0] else (0,), x.dtype)
-    panels, _, width = packed_shape(1, outer, storage)
-    weights = call.taps * (call.o if call.alone else groups * panels * call.inner * width)
+    weights = call.weights(storage)
     nbytes = weights * x.dtype.itemsize
     chunks = min(CHUNKS, call.n, max(4, CHUNK_BYTES // nbytes))
     sums = empty((chunks if needs[1] else 0, weights), x.dtype)
@@ -364,18 +379,9 @@ def convolution_backward(
     )  # fmt: skip
     gw = gb = None
     if needs[1]:
-        home = weight_home
-        gw = np.empty(weight.shape, x.dtype) if home is None else home
-        if call.alone:
-            gw[...] = sums.sum(axis=0).reshape(call.taps, call.o).T.reshape(weight.shape)
-        else:
-            dense = gw if gw.flags.c_contiguous and gw.flags.aligned else np.empty_like(weight)
-            unpack[storage](address(sums), chunks, weights, address(dense), groups,
-                             call.taps, call.inner, outer)  # fmt: skip
-            if dense is not gw:
-                gw[...] = dense
+        gw = call.unpacked(storage, sums, weight.shape, weight_home)
     if needs[2]:
-        gb = biases.sum(axis=(0, 1))
+        gb = biases.sum(axis=(0, 1), out=bias_home)
     return call.outside(gx, x.shape) if needs[0] else None, gw, gb
 
 
@@ -400,15 +406,17 @@ def _refuse(
         return f"no activation {activation!r}"
     if not (x.size and weight.size):
         return "nothing to compute"
-    call = _Call(x, weight, stride, padding, dilation, groups)
+    call = Call(x, weight, stride, padding, dilation, groups)
     return "no place for a window" if call.rows < 1 or call.places < 1 else None
 
 
 def _refuse_backward(
     m: Backend, g: Any, x: Any, weight: Any, bias: Any, kept: Any, stride: Any, padding: Any,
     dilation: Any, groups: int, activation: str | None, needs: Any, weight_home: Any = None,
+    bias_home: Any = None,
 ) -> str | None:  # fmt: skip
-    for name, a in (("gradient", g), ("kept result", kept), ("home", weight_home)):
+    homes = (("home", weight_home), ("home", bias_home))
+    for name, a in (("gradient", g), ("kept result", kept), *homes):
         if a is not None and (not isinstance(a, np.ndarray) or a.dtype != x.dtype):
             return f"a {name} that is not of {x.dtype}"
     return _refuse(m, x, weight, bias, stride, padding, dilation, groups, activation)

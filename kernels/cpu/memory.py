@@ -22,6 +22,7 @@ __all__ = [
     "pointer",
     "size_of",
     "turn",
+    "turn_all",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -135,7 +136,8 @@ def turn(source, down, rows, columns, target, to_down):
 
 
 @parallel
-def _turn_all(source, target, items, rows, columns):
+def turn_all(source, target, items, rows, columns):
+    """The same for so many dense matrices, one behind the other, on all threads."""
     one = size_of(T(0))
     size = one * rows * columns
     width = max(LINE, PIECE // rows // LINE * LINE)
@@ -156,5 +158,5 @@ def channels_last(x: Array) -> Array:
         return np.ascontiguousarray(there)
     out = empty(there.shape, x.dtype)
     n, h, w, c = there.shape
-    _turn_all[x.dtype.name](address(x), address(out), n, c, h * w)
+    turn_all[x.dtype.name](address(x), address(out), n, c, h * w)
     return out

@@ -297,7 +297,13 @@ def _contiguous(storage: str, *arrays: Any) -> list[Any]:
 
     Those that lie in memory otherwise, or are read-only, would be compiled for anew.
     """
-    return [None if x is None else np.require(x, storage, ("C", "A", "W")) for x in arrays]
+    return [x if x is None or _fits(storage, x) else np.require(x, storage, ("C", "A", "W"))
+            for x in arrays]  # fmt: skip
+
+
+def _fits(storage: str, x: Array) -> bool:
+    flags = x.flags
+    return x.dtype == storage and flags.c_contiguous and flags.aligned and flags.writeable
 
 
 def _packed(storage: str, *parts: Array) -> Array:

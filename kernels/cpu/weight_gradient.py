@@ -1,10 +1,10 @@
 """The gradient of a weight, gᵀ·x, and its sum of squares while it is in the cache.
 
 Where the weight is large, reading its gradient once more for the norm would cost as much as a part
-of the product. The result is computed in strips of rows (`kernels/cpu/direct.py`), and one that
-lies in an optimiser's gradient is squared and summed as soon as it is there.
+of the product. The result is computed in blocks (`kernels/cpu/direct.py`), and one that lies in an
+optimiser's gradient is squared and summed as soon as it is there.
 
-How the strips are divided among the threads changes no bit, neither of the sums nor of theirs.
+How the blocks are divided among the threads changes no bit, neither of the sums nor of theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpugrad.kernels.cpu.direct import LARGEST, STRIP, direct
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.memory import address, pointer, size_of
 from gpugrad.kernels.cpu.microkernel import panel
-from gpugrad.kernels.cpu.optimizer import BLOCK, TINY
+from gpugrad.kernels.cpu.optimizer import TINY
 from gpugrad.kernels.template import T
 
 __all__ = ["KERNELS", "weight_gradient"]
@@ -35,18 +35,8 @@ Array = np.ndarray[Any, Any]
 #: Elements of a result whose squares are worth adding up here.
 LEAST = NOTED
 
-#: The result is divided into a multiple of so many strips of rows, whatever the number of threads:
-#: of sums there must always be the same.
-STRIPS = 16
-
-
-@serial
-def _single(c, n):
-    a = pointer(c, T(0))
-    total = T(0)
-    for i in range(n):
-        total += a[i] * a[i]
-    return np.float64(total)
+#: Columns of a block: with the inputs that it takes it fits into a near cache.
+WIDTH = 256
 
 
 @serial
@@ -60,31 +50,36 @@ def _double(c, n):
 
 
 @serial
-def _sum_squares(c, n):
-    """Of n elements, in blocks that are few enough for single precision."""
+def _sum_squares(c, step, rows, n):
+    """Of rows of n elements, `step` apart: each in single precision, if it is long enough."""
+    a = pointer(c, T(0))
     total = np.float64(0)
-    for first in range(0, n, BLOCK):
-        at, there = c + first * size_of(T(0)), min(BLOCK, n - first)
-        part = _single(at, there)
+    for i in range(rows):
+        part, first = T(0), i * step
+        for j in range(n):
+            part += a[first + j] * a[first + j]
         # Too small or too great for single precision, or not finite, which it is in double, too.
-        total += part if TINY < part < np.inf else _double(at, there)
+        total += part if TINY < part < np.inf else _double(c + first * size_of(T(0)), n)
     return total
 
 
 @serial
-def _strip(strip, strips, g, x, out, rows, m, n, sums):
-    """A strip of rows of the result, and its sum of squares."""
+def _unit(unit, strips, g, x, out, rows, m, n, sums):
+    """A block of the result, and its sum of squares."""
     size = size_of(T(0))
-    i, count = m * strip // strips, m * (strip + 1) // strips - m * strip // strips
-    c = out + i * n * size
-    direct(count, n, rows, g + i * size, 1, m, x, n, panel(), c, n, False)
-    sums[strip] = _sum_squares(c, count * n)
+    strip, j = unit % strips, unit // strips * WIDTH
+    i, columns = m * strip // strips, min(WIDTH, n - j)
+    count = m * (strip + 1) // strips - i
+    c = out + (i * n + j) * size
+    direct(count, columns, rows, g + i * size, 1, m, x + j * size, n, panel(), c, n, False)
+    sums[unit] = _sum_squares(c, n, count, columns)
 
 
 @parallel
-def _product(g, x, out, rows, m, n, sums):
-    for strip in prange(sums.size):
-        _strip(strip, sums.size, g, x, out, rows, m, n, sums)
+def _product(g, x, out, rows, m, n, strips, sums):
+    # Those strips follow each other that take the same columns of x.
+    for unit in prange(sums.size):
+        _unit(unit, strips, g, x, out, rows, m, n, sums)
 
 
 def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | None) -> Array:
@@ -101,9 +96,10 @@ def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | 
     if weight_home is None or small or not in_order:
         return products.matmul(g.T, x, out)
     g, x = in_a_row(g), in_a_row(x)
-    sums = np.empty(STRIPS * -(-features // (STRIPS * STRIP)))
+    strips = -(-features // STRIP)
+    sums = np.empty(strips * -(-inputs // WIDTH))
     _product[numpy_storage(x.dtype)](
-        address(g), address(x), address(out), rows, features, inputs, sums
+        address(g), address(x), address(out), rows, features, inputs, strips, sums
     )
     total = float(np.add.reduce(sums))
     if math.isfinite(total):

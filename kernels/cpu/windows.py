@@ -9,11 +9,19 @@ from __future__ import annotations
 from numba import prange
 
 from gpugrad.kernels.cpu.compile import parallel, serial
-from gpugrad.kernels.cpu.memory import clear, places_inside, pointer, size_of
+from gpugrad.kernels.cpu.memory import clear, copy, places_inside, pointer, size_of
 from gpugrad.kernels.cpu.microkernel import panel, product
 from gpugrad.kernels.template import T
 
-__all__ = ["pack", "rows_of_sums", "spread_rows", "unpack", "weight_sums"]
+__all__ = [
+    "bordered",
+    "pack",
+    "pack_panel",
+    "rows_of_sums",
+    "spread_rows",
+    "unpack",
+    "weight_sums",
+]
 
 #: Places that one product of the gradient of the weights sums over, about.
 DEPTH = 128
@@ -21,17 +29,36 @@ DEPTH = 128
 # A shape is (channels, outputs, places in a row, kernel rows, kernel columns, stride of rows, of
 # columns, dilation of rows, of columns, groups). Addresses are integers, strides count elements.
 
+# -- images ----------------------------------------------------------------------------------------
+
+
+@serial
+def bordered(image, target, h, w, c, top, left, first, count, wide):
+    """Rows from `first`, of a border's upper left corner on, of an image in `wide` columns."""
+    size = size_of(T(0))
+    for r in range(count):
+        to = target + r * wide * c * size
+        i = first + r - top
+        if i < 0 or i >= h:
+            clear(to, wide * c)
+            continue
+        clear(to, left * c)
+        copy(image + i * w * c * size, to + left * c * size, w * c)
+        clear(to + (left + w) * c * size, (wide - left - w) * c)
+
+
 # -- products -------------------------------------------------------------------------------------
 
 
 @serial
-def _pack_panel(weight, packed, taps, tap, rows, row, there, column):
+def pack_panel(weight, packed, taps, tap, rows, row, there, column):
     """One panel, (tap, row, column), of a weight's elements at given strides."""
     a, b = pointer(weight, T(0)), pointer(packed, T(0))
     width = panel()
     for i in range(rows):
-        for t in range(taps):
-            start, at = t * tap + i * row, (t * rows + i) * width
+        for t in range(taps[0] * taps[1]):
+            start = t // taps[1] * tap[0] + t % taps[1] * tap[1] + i * row
+            at = (t * rows + i) * width
             for j in range(there):
                 b[at + j] = a[start + j * column]
             for j in range(there, width):
@@ -40,14 +67,15 @@ def _pack_panel(weight, packed, taps, tap, rows, row, there, column):
 
 @parallel
 def pack(weight, packed, groups, group, taps, tap, rows, row, columns, column):
-    """All panels of all groups."""
+    """All panels of all groups; of the taps there are two numbers, and two strides."""
     size, width = size_of(T(0)), panel()
     panels = (columns + width - 1) // width
     for unit in prange(groups * panels):
         first = unit % panels * width
         start = unit // panels * group + first * column
-        _pack_panel(weight + start * size, packed + unit * taps * rows * width * size, taps, tap,
-                    rows, row, min(width, columns - first), column)  # fmt: skip
+        pack_panel(weight + start * size,
+                   packed + unit * taps[0] * taps[1] * rows * width * size, taps, tap, rows, row,
+                   min(width, columns - first), column)  # fmt: skip
 
 
 @serial
@@ -80,16 +108,16 @@ def unpack(sums, chunks, chunk, weight, groups, taps, rows, columns):
 
 
 @serial
-def _alone(source, weight, out, channels, places, step):
+def _alone(source, weight, out, channels, places, step, leap):
     """Each channel by itself: out += source · weight at one place of the window."""
     a, b, y = pointer(source, T(0)), pointer(weight, T(0)), pointer(out, T(0))
     for i in range(places):
         for j in range(channels):
-            y[i * channels + j] += a[i * step + j] * b[j]
+            y[i * leap + j] += a[i * step + j] * b[j]
 
 
 @serial
-def _alone_nine(source, down, ahead, weight, out, channels, places, step):
+def _alone_nine(source, down, ahead, weight, out, channels, places, step, leap):
     """The same at three by three places, the whole window: nothing is added to."""
     a, b, y = pointer(source, T(0)), pointer(weight, T(0)), pointer(out, T(0))
     for i in range(places):
@@ -97,7 +125,7 @@ def _alone_nine(source, down, ahead, weight, out, channels, places, step):
             first = i * step + j
             second = first + down
             third = second + down
-            y[i * channels + j] = (
+            y[i * leap + j] = (
                 a[first] * b[j]
                 + a[first + ahead] * b[channels + j]
                 + a[first + 2 * ahead] * b[2 * channels + j]
@@ -111,24 +139,26 @@ def _alone_nine(source, down, ahead, weight, out, channels, places, step):
 
 
 @serial
-def rows_of_sums(shape, source, row, there, packed, out, count):
+def rows_of_sums(shape, source, row, there, packed, out, steps, count):
     """`count` rows of results; `source` is where the window of the first begins, `row` leads on.
 
-    `there` are the first row from `source` on that is not border, and the first behind the last.
+    `there` are the first row from `source` on that is not border, and the first behind the last;
+    `steps` lead from row to row of the results, and from place to place.
     """
     c, o, places, kh, kw, sh, sw, dh, dw, groups = shape
     size, width = size_of(T(0)), panel()
     inner, outer = c // groups, o // groups
     if groups > 1 and inner == 1 and outer == 1:
         for r in range(count):
-            a, y = source + r * sh * row * size, out + r * places * o * size
+            a, y = source + r * sh * row * size, out + r * steps[0] * size
             if kh == 3 and kw == 3:
-                _alone_nine(a, dh * row, dw * c, packed, y, c, places, sw * c)
+                _alone_nine(a, dh * row, dw * c, packed, y, c, places, sw * c, steps[1])
                 continue
-            clear(y, places * o)
+            for i in range(places):
+                clear(y + i * steps[1] * size, c)
             for k in range(kh * kw):
                 at = k // kw * dh * row + k % kw * dw * c
-                _alone(a + at * size, packed + k * c * size, y, c, places, sw * c)
+                _alone(a + at * size, packed + k * c * size, y, c, places, sw * c, steps[1])
         return
     panels = (outer + width - 1) // width
     together = groups == 1 and dw == 1
@@ -142,15 +172,15 @@ def rows_of_sums(shape, source, row, there, packed, out, count):
                 first, last = places_inside(r * sh - there[0], dh, kh, there[1] - there[0])
                 a = source + ((r * sh + first * dh) * row + g * inner) * size
                 weights = b + first * step * size
-                y = out + (r * places * o + g * outer + k * width) * size
+                y = out + (r * steps[0] + g * outer + k * width) * size
                 if together:
                     product(places, n, last - first, kw * c, a, (sw * c, dh * row, 1),
-                            weights, (step, width, 0), y, o, False)  # fmt: skip
+                            weights, (step, width, 0), y, steps[1], False)  # fmt: skip
                     continue
                 for t in range(kw):
                     product(places, n, last - first, inner, a + t * dw * c * size,
                             (sw * c, dh * row, 1), weights + t * inner * width * size,
-                            (step, width, 0), y, o, t > 0)  # fmt: skip
+                            (step, width, 0), y, steps[1], t > 0)  # fmt: skip
 
 
 @serial
@@ -201,15 +231,18 @@ def _alone_sums(source, g, total, channels, places, step):
 
 
 @serial
-def weight_sums(shape, source, row, image, g, g_row, g_image, total, items, count):
+def weight_sums(shape, source, row, image, g, g_row, g_image, total, fresh, items, count):
     """Add to the gradient of the weights, panels (kernel row, column, inner channel, outer).
 
-    `image` and `g_image` lead from one of the images to the next.
+    If it is `fresh`, there is nothing in it yet. `image` and `g_image` lead from one of the images
+    to the next.
     """
     c, o, places, kh, kw, sh, sw, dh, dw, groups = shape
     size, width = size_of(T(0)), panel()
     inner, outer = c // groups, o // groups
     if groups > 1 and inner == 1 and outer == 1:
+        if fresh:
+            clear(total, kh * kw * c)
         for item in range(items):
             for r in range(count):
                 for k in range(kh * kw):
@@ -235,4 +268,4 @@ def weight_sums(shape, source, row, image, g, g_row, g_image, total, items, coun
                         product(m, min(width, outer - column), min(steps, count - first), places,
                                 source + (item * image + a) * size, (1, sh * row, sw * c),
                                 g + (item * g_image + b) * size, (g_row, o, 0), y, width,
-                                True)  # fmt: skip
+                                not fresh or item > 0 or first > 0)  # fmt: skip

@@ -16,6 +16,7 @@ import gpugrad as gg
 from gpugrad.backend import backend_for_device
 from gpugrad.backend.kernels import fusible, kernel_mode
 from gpugrad.backend.memory import squares
+from gpugrad.backend.numpy import exchanged_copy
 from gpugrad.backend.random import ROUNDS, philox_round, stream
 from gpugrad.clip import max_abs, nonfinite_count, sum_of_squares
 from gpugrad.clip.scaling import scaled
@@ -40,6 +41,7 @@ from gpugrad.ops.linalg import linear_activation, weight_gradient
 from gpugrad.ops.pointwise_losses import pointwise_loss
 from gpugrad.ops.pooling import max_pool, window_mean
 from gpugrad.ops.reductions import var_backward
+from gpugrad.ops.transposed import transposed_convolution
 from gpugrad.ops.updates import RULES
 from gpugrad.optim.flat import flat_norm, flat_update
 from tests.kernels.cpu.test_optimizer import NUMBERS, VARIANTS
@@ -299,6 +301,22 @@ def reductions():
         yield np.log(gg.var(tensor_of(y), axis=axis).data)
         up = np.full(x.shape[1 - axis], 1e5, y.dtype)
         yield var_backward(NUMPY, y, up, axis, 0, False)
+
+
+def scan():
+    wide, deep = random(7, 75), random(2, 21, 35)
+    for initial in (False, True):
+        for x, axis in ((wide, 1), (wide[:, :9], 1), (deep, 1), (deep, 0), (wide[0], None)):
+            yield from derived(gg.cumulative_sum, x, axis=axis, include_initial=initial)
+            near = 1 + x / 8
+            yield from derived(gg.cumulative_prod, near, axis=axis, include_initial=initial)
+
+
+def exchanges():
+    for shape in ((2, 5, 7, 1), (3, 4, 6, 5), (1, 2, 3, 70), (4, 1, 3, 9)):
+        items, rows, columns, run = shape
+        x = random(*shape).transpose(0, 2, 1, 3)
+        yield exchanged_copy(NUMPY, x, items, rows, columns, run)
 
 
 def pointwise():
@@ -575,6 +593,34 @@ def convolution():
     for activation in (None, "relu", "gelu", "tanh"):
         yield from derived(plain_convolution, x, w, b, **usual, activation=activation)
         yield from derived(plain_convolution, x, w, None, **usual, activation=activation)
+
+
+#: Input, weight, places of the result, stride, padding, dilation, groups.
+TRANSPOSED = (
+    ((3, 4, 4, 5), (4, 5, 4, 4), (8, 10), (2, 2), (1, 1), (1, 1), 1),
+    ((2, 3, 3, 4), (3, 2, 3, 2), (9, 9), (3, 2), (1, 0), (1, 1), 1),
+    ((2, 3, 3, 4), (3, 4, 2, 1), (9, 8), (3, 2), (0, 0), (1, 1), 1),
+    ((2, 4, 4, 3), (4, 3, 3, 3), (10, 11), (2, 3), (1, 0), (2, 2), 2),
+    ((2, 6, 3, 4), (6, 1, 3, 4), (5, 9), (2, 2), (1, 0), (1, 1), 6),
+    ((2, 6, 3, 4), (6, 1, 3, 3), (5, 6), (1, 1), (0, 0), (1, 1), 6),
+    ((1, 2, 5), (2, 3, 4), (9,), (2,), (1,), (1,), 1),
+    ((9, 12, 2, 3), (12, 6, 2, 2), (3, 4), (1, 1), (0, 0), (1, 1), 1),
+    ((9, 12, 2, 3), (12, 6, 2, 2), (2, 4), (1, 1), (1, 0), (1, 1), 1),
+    ((1, 2, 5, 3), (2, 3, 3, 3), (10, 6), (2, 2), (1, 1), (1, 1), 1),
+    ((2, 2, 3, 3), (2, 7, 2, 2), (6, 6), (2, 2), (0, 0), (1, 1), 1),
+)
+
+
+def transposed():
+    for x, weight, out, stride, padding, dilation, groups in TRANSPOSED:
+        given = {"out": out, "stride": stride, "padding": padding, "dilation": dilation}
+        arrays = random(*x), random(*weight, seed=1), random(groups * weight[1], seed=2)
+        yield from derived(transposed_convolution, *arrays, **given, groups=groups)
+    for wanted in NEEDS:
+        yield from derived(
+            transposed_convolution, *arrays, **given, groups=groups, wanted=wanted
+        )  # fmt: skip
+    yield from derived(transposed_convolution, *arrays[:2], None, **given)
 
 
 def turning():

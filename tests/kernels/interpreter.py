@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpugrad.kernels.cpu import attention, gemm, microkernel, pool, products
+from gpugrad.kernels.cpu import attention, gemm, microkernel, pool, products, scan
 from gpugrad.kernels.cpu import compile as compiler
 from gpugrad.kernels.cpu import memory as memory_
 from gpugrad.kernels.template import arithmetic
@@ -29,6 +29,8 @@ SMALL = {
     "batch_norm": {"BLOCK": 64, "LOT": 128, "ROWS": 4, "WIDTH": 16},
     "reduce": {"BLOCK": 64},
     "reductions": {"PIECE": 32, "ROWS": 8, "WIDTH": 16},
+    "scan": {"PIECE": 32, "BLOCK": 64, "STRETCH": 8, "WIDTH": 16, "LANES": 4},
+    "layout": {"BLOCK": 64},
     "losses": {"BLOCK": 64},
     "select": {"BLOCK": 64},
     "gather": {"WIDTH": 16},
@@ -41,11 +43,12 @@ SMALL = {
     "products": {"GRAIN": 64, "LARGEST": 4000, "VECTOR": 12},
     "memory": {"LINE": 4, "PIECE": 64, "VECTOR": 12},
     "microkernel": {"VECTOR": 12, "ROWS": 4},
-    "weight_gradient": {"BLOCK": 16, "LEAST": 40, "LARGEST": 960, "STRIP": 8, "STRIPS": 3},
+    "weight_gradient": {"LEAST": 40, "LARGEST": 960, "STRIP": 8, "WIDTH": 6},
     "scores": {},
     "attention": {"QUERIES": 8, "KEYS": 6, "RANGE": 8, "ENOUGH": 3},
     "windows": {"DEPTH": 8},
     "convolution": {"CHUNKS": 3, "BAND": 400, "TOGETHER": 1200},
+    "transposed": {"CHUNKS": 3, "BAND": 400, "TOGETHER": 1200},
     "pooling": {},
     "recurrent": {"BLOCK": 3, "STRIP": 8, "DEPTH": 6, "LARGEST": 4000, "GRAIN": 64},
 }
@@ -182,6 +185,13 @@ class _Memory:
         block = self.block(source, (n, n), (down, zero.itemsize), zero.dtype)
         self.block(target, (n, n), (to_down, zero.itemsize), zero.dtype)[...] = block.T.copy()
 
+    def _prefix(self, room, i, before):
+        part = room[i : i + scan.LANES]
+        if part.size < scan.LANES:
+            raise IndexError(f"elements {i} to {i + scan.LANES} of {room.size}")
+        part[:] = before + np.cumsum(part)
+        return part[-1]
+
     def _blas_threads(self):
         return 1
 
@@ -247,7 +257,7 @@ def interpreted():
         "address": memory.address, "pointer": memory.pointer, "size_of": memory.size,
         "_address": memory.address,
         "_blas": memory._blas, "_blas_threads": memory._blas_threads, "_tile": memory._tile,
-        "_turn_block": memory._turn_block,
+        "_turn_block": memory._turn_block, "_prefix": memory._prefix,
         "carray": memory.carray, "empty": _spoilt,
         "_where": memory._where, "_where_mask": memory._where_mask,
     }  # fmt: skip

@@ -27,6 +27,8 @@ CHECKS = {
     "cpu.batch_norm": ["batch_norm"],
     "cpu.reduce": ["reduce"],
     "cpu.reductions": ["reductions"],
+    "cpu.scan": ["scan"],
+    "cpu.layout": ["exchanges"],
     "cpu.losses": ["pointwise"],
     "cpu.select": ["select"],
     "cpu.gather": ["gather"],
@@ -38,7 +40,8 @@ CHECKS = {
     "cpu.attention": ["attention"],
     "cpu.scores": ["attention"],
     "cpu.convolution": ["convolution"],
-    "cpu.windows": ["convolution"],
+    "cpu.windows": ["convolution", "transposed"],
+    "cpu.transposed": ["transposed"],
     "cpu.memory": ["pooling", "convolution", "turning"],
     "cpu.pooling": ["pooling"],
     "cpu.recurrent": ["recurrent"],
@@ -80,13 +83,16 @@ EQUAL: dict[str, dict[str, str]] = {
             ("batch_norm._segment_sums batch_norm._segment_gradients", "rows", "lot"),
             ("batch_norm._scale_columns batch_norm._column_gradients", "x.shape[0]", "lot"),
             ("convolution._forward", "rows", "band"),
+            ("transposed._forward", "tall", "band"),
+            ("scan._rows", "rows", "per"),
+            ("layout._copy_runs", "count", "per"),
         )
         for body in those.split()
     },
     "cpu.attention._dealt": {"unit % 2 == 0 -> unit % 2 != 0": DIVISION},
     "cpu.attention._backward_unit": {"keys + ranges - 1 -> keys + ranges + 1": DIVISION},
     "cpu.scores.masked": {"j + m - 1 -> j + m + 1": "where nothing is hidden, it is looked for"},
-    "cpu.memory._turn_all": {
+    "cpu.memory.turn_all": {
         "PIECE // rows // LINE * LINE -> PIECE // rows // LINE + LINE": DIVISION,
         "columns + width - 1 -> columns + width + 1": NOTHING,
     },
@@ -151,6 +157,7 @@ EQUAL: dict[str, dict[str, str]] = {
     "cpu.softmax.statistics": {
         "base + T(MARGIN) -> base - T(MARGIN)": "sums are scaled anew more often",
     },
+    "cpu.scan._tiles": {"b - a -> b + a": ROOM},
     "cpu.softmax._softmax_tile": {"b - a -> b + a (1)": ROOM},
     "cpu.softmax._log_softmax_tile": {"b - a -> b + a (1)": ROOM},
     "cpu.softmax._backward_tile": {"b - a -> b + a": ROOM},
@@ -162,8 +169,8 @@ EQUAL: dict[str, dict[str, str]] = {
     "cpu.reduce._squares_of_T": {
         "total += x * x -> total -= x * x": "such a sum is taken again, in double precision",
     },
-    "cpu.weight_gradient._single": {
-        "total += a[i] * a[i] -> total -= a[i] * a[i]": "such a sum is taken again, in double",
+    "cpu.weight_gradient._sum_squares": {
+        "part += a[first + j] * a[first + j] -> part -= a[first + j] * a[first + j]": "such a sum is taken again, in double",
     },
     **{
         f"cpu.layers.{body}": {"rows + PIECE - 1 -> rows + PIECE + 1": DIVISION}

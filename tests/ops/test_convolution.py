@@ -7,6 +7,7 @@ import gpugrad as gg
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.nn import functional as F
 from gpugrad.ops.convolution import convolution, fold, pads, places, spread, unfold
+from tests.backend.counting import counting
 
 
 def ones(*shape):
@@ -97,3 +98,38 @@ def test_a_transpose_that_cannot_be():
         F.conv_transpose1d(x, w, groups=2)
     with pytest.raises(ShapeError, match="use less padding"):
         F.conv_transpose1d(ones(2, 3, 1), w, padding=2)
+
+
+def backward_launches(function, *shapes):
+    """How many operations the array library runs for the gradients of all operands.
+
+    With one for each leaf whose gradient is a view, and is copied into memory of its own.
+    """
+    with counting() as counts:
+        operands = [gg.ones(s, device="counting").requires_grad_() for s in shapes]
+        y = function(*operands)
+        g = gg.ones(y.shape, device="counting")
+        counts.clear()
+        y.backward(g)
+        return counts.launches
+
+
+def test_gradients_take_few_launches_however_large_the_kernel():
+    def convolve(stride):
+        return lambda x, w, b: F.conv2d(x, w, b, stride, 1)
+
+    small, large = (
+        backward_launches(convolve(1), (2, 4, 9, 9), (5, 4, k, k), (5,)) for k in (3, 5)
+    )
+    assert small == large == 8
+    # Where windows are added up, one launch for each place in them.
+    small, large = (
+        backward_launches(convolve(2), (2, 4, 9, 9), (5, 4, k, k), (5,)) for k in (3, 5)
+    )
+    assert small == 9 + 9 and large == 25 + 9
+    transposed = backward_launches(
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1), (2, 4, 9, 9), (4, 5, 4, 4), (5,)
+    )
+    assert transposed == 8
+    assert backward_launches(lambda x: F.max_pool2d(x, 2), (2, 4, 8, 8)) == 3 + 1
+    assert backward_launches(lambda x: F.max_pool2d(x, 3, 2), (2, 4, 9, 9)) == 9 + 4

@@ -172,7 +172,7 @@ def test_only_what_is_needed():
 @pytest.mark.parametrize("case", ["padding", "groups", "alone", "one axis"])
 @pytest.mark.parametrize("mode", ["off", "require"])
 @pytest.mark.parametrize("dense", [True, False])
-def test_the_weights_gradient_goes_where_it_is_wanted(case, mode, dense):
+def test_gradients_go_where_they_are_wanted(case, mode, dense):
     x, weight, given = CASES[case]
     arrays, kwargs = operands(x, weight), options(weight, None, **given)
     with gg.use_kernels("off"):
@@ -180,14 +180,17 @@ def test_the_weights_gradient_goes_where_it_is_wanted(case, mode, dense):
     g = normal(y.shape, 5)
     home = np.full((*weight[:-1], weight[-1] * (1 if dense else 2)), np.nan)
     home = home if dense else home[..., ::2]
+    bias_home = np.full(2 * weight[0], np.nan)[:: 1 if dense else 2][: weight[0]]
     call = {k: v for k, v in kwargs.items() if k != "activation"}
     with gg.use_kernels(mode):
         got = convolution_backward(
-            NUMPY, g, *arrays, None, activation=None, needs=(False, True, False),
-            weight_home=home, **call,
+            NUMPY, g, *arrays, None, activation=None, needs=(dense, True, True),
+            weight_home=home, bias_home=bias_home, **call,
         )  # fmt: skip
-    assert got[1] is home
-    np.testing.assert_allclose(home, results("off", arrays, g=g, **kwargs)[2], 1e-11, 1e-11)
+    assert got[1] is home and got[2] is bias_home
+    want = results("off", arrays, g=g, **kwargs)
+    np.testing.assert_allclose(home, want[2], 1e-11, 1e-11)
+    np.testing.assert_allclose(bias_home, want[3], 1e-11, 1e-11)
 
 
 @pytest.mark.parametrize("case", ["wide", "many images", "stride", "alone"])
@@ -214,7 +217,7 @@ def test_loops_are_vectorised():
     slope = family._backward_loops("relu").bound["slope"]["float32"]
     assert packed(assembly(slope, *a, a[0], 64)) > 4
     alone = windows._alone_nine["float32"]
-    assert packed(assembly(alone, a[0], 4, 4, a[1], a[2], 8, 2, 8)) > 9
+    assert packed(assembly(alone, a[0], 4, 4, a[1], a[2], 8, 2, 8, 8)) > 9
     sums = windows._alone_sums["float32"]
     assert packed(assembly(sums, *a, 8, 2, 8)) > 2
 
