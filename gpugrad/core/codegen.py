@@ -431,9 +431,8 @@ def meta_of(x: Any) -> Any:
     return None if type(x) in SCALARS else (x.shape, x.dtype)
 
 
-#: What a node may keep of an operand, by the ending of the name that a rule has for it.
+#: What a node may keep of an operand instead, by the ending of the name that a rule has for it.
 FACET: dict[str, Callable[[Any], Any]] = {
-    "": lambda x: x,
     "_shape": lambda x: () if type(x) in SCALARS else x.shape,
     "_dtype": lambda x: None if type(x) in SCALARS else x.dtype,
     "_device": lambda x: None if type(x) in SCALARS else SPACES[type(x)].device(x),
@@ -450,7 +449,9 @@ def _kept(made: Primitive, mask: tuple[bool, ...]) -> tuple[tuple[str, str, int]
         elif name in made.aux:
             found.append((name, "aux", made.aux.index(name)))
         else:
-            operand, facet = next((o, f) for o in made.operands for f in FACET if o + f == name)
+            operand, facet = next(
+                (o, f) for o in made.operands for f in ("", *FACET) if o + f == name
+            )
             found.append((name, facet, made.operands.index(operand)))
     return tuple(found)
 
@@ -482,9 +483,11 @@ def record(
             saved[name] = y
         elif facet == "aux":
             saved[name] = aux[at]
+        elif not facet:
+            saved[name] = list(arrays) if made.variadic else arrays[at]
         else:
-            held = [FACET[facet](x) for x in (arrays if made.variadic else (arrays[at],))]
-            saved[name] = held if made.variadic else held[0]
+            read = FACET[facet]
+            saved[name] = [read(x) for x in arrays] if made.variadic else read(arrays[at])
     metas = (*[meta_of(x) for x in arrays], tuple(x.shape for x in y) if several else y.shape)
     parameters = dict(zip(made.parameters, values, strict=True))
     node = GenericNode(made, parents, saved, parameters, metas)

@@ -385,10 +385,8 @@ def convolution_backward(
     return call.outside(gx, x.shape) if needs[0] else None, gw, gb
 
 
-def _refuse(
-    m: Backend, x: Any, weight: Any, bias: Any = None, stride: Any = (), padding: Any = (),
-    dilation: Any = (), groups: int = 1, activation: str | None = None,
-) -> str | None:  # fmt: skip
+def misfit(x: Any, weight: Any, bias: Any) -> str | None:
+    """Why these are nothing for kernels, whatever their sizes."""
     for name, a in (("weight", weight), ("bias", bias)):
         if a is not None and not isinstance(a, np.ndarray):
             return f"a {name} that is no array"
@@ -398,6 +396,15 @@ def _refuse(
         return f"no kernel for {x.dtype}"
     if x.ndim not in (3, 4) or weight.ndim != x.ndim:
         return f"{max(x.ndim - 2, 0)} axes; there are kernels for one and two"
+    return None
+
+
+def _refuse(
+    m: Backend, x: Any, weight: Any, bias: Any = None, stride: Any = (), padding: Any = (),
+    dilation: Any = (), groups: int = 1, activation: str | None = None,
+) -> str | None:  # fmt: skip
+    if why := misfit(x, weight, bias):
+        return why
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return "shapes that do not fit"
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -23,7 +23,14 @@ from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.cpu.compile import numpy_storage, parallel, serial
-from gpugrad.kernels.cpu.convolution import CHUNK_BYTES, TOGETHER, Call, narrowed, widened
+from gpugrad.kernels.cpu.convolution import (
+    CHUNK_BYTES,
+    TOGETHER,
+    Call,
+    misfit,
+    narrowed,
+    widened,
+)
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.memory import address, channels_last, clear, pointer, size_of
 from gpugrad.kernels.cpu.microkernel import packed_shape, panel
@@ -307,15 +314,8 @@ def _refuse(
     m: Backend, x: Any, weight: Any, bias: Any = None, out: Any = (), stride: Any = (),
     padding: Any = (), dilation: Any = (), groups: int = 1,
 ) -> str | None:  # fmt: skip
-    for name, a in (("weight", weight), ("bias", bias)):
-        if a is not None and not isinstance(a, np.ndarray):
-            return f"a {name} that is no array"
-        if a is not None and a.dtype != x.dtype:
-            return f"{name} of {a.dtype} for an input of {x.dtype}"
-    if not numpy_storage(x.dtype):
-        return f"no kernel for {x.dtype}"
-    if x.ndim not in (3, 4) or weight.ndim != x.ndim:
-        return f"{max(x.ndim - 2, 0)} axes; there are kernels for one and two"
+    if why := misfit(x, weight, bias):
+        return why
     if x.shape[1] != weight.shape[0] or x.shape[1] % groups or min(out) < 1:
         return "shapes that do not fit"
     return None if x.size and weight.size else "nothing to compute"

@@ -170,7 +170,9 @@ EQUAL: dict[str, dict[str, str]] = {
         "total += x * x -> total -= x * x": "such a sum is taken again, in double precision",
     },
     "cpu.weight_gradient._sum_squares": {
-        "part += a[first + j] * a[first + j] -> part -= a[first + j] * a[first + j]": "such a sum is taken again, in double",
+        "part += a[first + j] * a[first + j] -> part -= a[first + j] * a[first + j]": (
+            "such a sum is taken again, in double"
+        ),
     },
     **{
         f"cpu.layers.{body}": {"rows + PIECE - 1 -> rows + PIECE + 1": DIVISION}
