@@ -39,7 +39,7 @@ class Budget:
     turn: float
 
 
-FULL, SMALLER, QUICK = Budget(2.5, 5, 15, 0.02), Budget(0.5, 5, 7, 0.002), Budget(0.2, 3, 3, 0.001)
+FULL, SMALLER, QUICK = Budget(4.0, 5, 15, 0.1), Budget(0.5, 5, 7, 0.002), Budget(0.2, 3, 3, 0.001)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -58,15 +57,12 @@ def check_operands(
             )
 
 
-@cache
-def _short(dtype: Any) -> bool:
-    """Whether a dtype, of any library, has two bytes."""
-    return np.dtype(str(dtype).rpartition(".")[2]).itemsize <= 2
-
-
 def wide(m: Any, *arrays: Any) -> tuple[Any, ...]:
     """The arrays in float32 if the first is of two bytes; what is none stays."""
-    if not _short(arrays[0].dtype):
+    dtype = arrays[0].dtype
+    if not isinstance(dtype, np.dtype):
+        dtype = np.dtype(str(dtype).rpartition(".")[2])
+    if dtype.itemsize > 2:
         return arrays
     return tuple(None if x is None else m.astype(x, m.dtype("float32")) for x in arrays)
 
