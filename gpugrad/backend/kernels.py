@@ -216,13 +216,15 @@ class use_kernels:
         self._before: list[str] = []
 
     def __enter__(self) -> None:
-        gate.append(None)
         self._before.append(_state.mode)
         _state.mode = self._mode
+        if self._mode != "auto":  # which is what is done where nobody looks at modes
+            gate.append(None)
 
     def __exit__(self, *_: object) -> None:
         _state.mode = self._before.pop()
-        gate.pop()
+        if self._mode != "auto":
+            gate.pop()
 
 
 class note_choices:
