@@ -92,7 +92,7 @@ SLOTS = slots(
         "moments": (1 << 8, ("moments",)),
         "products": (1 << 14, ("matmul", "matmul_into")),
         "weight_gradient": (1 << 12, ("weight_gradient",)),
-        "optimizer": (1 << 14, ("flat_norm", "flat_update")),
+        "optimizer": (1 << 14, ("flat_norm", "flat_step", "flat_update")),
         "softmax": (
             1 << 14,
             ("softmax", "softmax_backward", "log_softmax", "log_softmax_backward"),

@@ -7,6 +7,7 @@ is combined in order: results are the same bit for bit from run to run and on an
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from functools import cache
 from types import FunctionType
@@ -263,6 +264,49 @@ def flat_update(
     return (p, *states)
 
 
+# -- the step --------------------------------------------------------------------------------------
+
+
+def flat_step(
+    m: Backend,
+    p: Array,
+    g: Array,
+    /,
+    *states: Array,
+    count: Array,
+    found: Array,
+    base: int,
+    bound: float,
+    nonfinite: str,
+    rule: str,
+    flags: Mapping[str, bool],
+    numbers: Mapping[str, float],
+    measured: tuple[Any, Any, Any, Any] | None = None,
+) -> tuple[Any, Any, Array]:
+    """Both passes, and between them Python's own numbers: in host memory they need no arrays."""
+    zero = nonfinite == "zero"
+    squares, _, bad, first = measured or flat_norm(m, g, finite_only=zero)
+    norm = (np.float64 if g.dtype.itemsize > 4 else np.float32)(math.sqrt(squares))
+    coefficient = None
+    if bound != math.inf:
+        coefficient = bound / (norm + 1e-6)
+        coefficient = coefficient if not coefficient >= 1 else type(norm)(1)  # NaN stays
+    skip = bool(bad) and nonfinite == "skip"
+    skipped, clipped, known, was_bad = found.tolist()
+    if bad and not was_bad:
+        known = int(first) + base + 1
+    clips = coefficient is not None and coefficient < 1 and not skip
+    found = np.array([skipped + skip, clipped + clips, known, bool(bad)], found.dtype)
+    if not skip:
+        new = count + 1
+        flat_update(
+            m, p, g, *states, count=new, factor=coefficient, skip=None, finite_only=zero,
+            rule=rule, flags=flags, numbers=numbers,
+        )  # fmt: skip
+        count[...] = new
+    return norm, coefficient, found
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -286,5 +330,6 @@ def _refuse_update(m: Backend, p: Any, g: Any, /, *states: Any, **options: Any) 
 
 KERNELS = {
     "flat_norm": Kernel(flat_norm, LABEL, _refuse_norm),
+    "flat_step": Kernel(flat_step, LABEL, _refuse_update),
     "flat_update": Kernel(flat_update, LABEL, _refuse_update),
 }

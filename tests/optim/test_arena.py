@@ -96,14 +96,14 @@ def test_one_arena_for_each_dtype_and_group() -> None:
         assert np.allclose(p.detach().numpy(), old - 0.1 * 2 * old, rtol=1e-6)
 
 
-def test_a_step_is_two_passes_whatever_the_number_of_tensors() -> None:
+def test_a_step_is_one_kernel_whatever_the_number_of_tensors() -> None:
     params = make([(7, 3)] * 50)
     optimizer = optim.AdamW(params)
     for _ in range(2):
         backward(params)
         with gg.use_kernels("require"), note_choices() as choices:
             optimizer.step(clip=1.0, nonfinite="skip")
-        assert [c.operation for c in choices] == ["flat_norm", "flat_update"]
+        assert [c.operation for c in choices] == ["flat_step"]
 
 
 def test_state_dicts_are_what_they_were() -> None:

@@ -18,7 +18,7 @@ from gpugrad.errors import KernelError
 from gpugrad.kernels.cpu import optimizer as kernels
 from gpugrad.kernels.cpu.compile import storage_view
 from gpugrad.ops.updates import RULES
-from gpugrad.optim.flat import flat_norm, flat_update
+from gpugrad.optim.flat import flat_norm, flat_step, flat_update
 from tests.kernels.cpu.assembly import assembly, packed
 from tests.kernels.parity import DTYPES, EPS, layouts, wide
 
@@ -337,6 +337,66 @@ def test_packed_instructions_in_the_norm(loop, dtype) -> None:
     assert packed(text) >= 4
 
 
+# -- the step --------------------------------------------------------------------------------------
+
+#: Gradients of the steps in a row: what they have, and where.
+TROUBLE: tuple[dict[int, float], ...] = (
+    {}, {9000: math.nan, 70: -math.inf}, {5: math.inf}, {}, {0: math.nan},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "zero"])
+@pytest.mark.parametrize("bound", [1.0, 1e6, math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_steps_are_those_of_the_generic_text(dtype, bound, nonfinite) -> None:
+    flags = {"decays": True, "decoupled": True}
+    made = arrays("adam", flags, 20_011, dtype)
+    own = {mode: [x.copy() for x in made] for mode in ("off", "require")}
+    counts = {mode: np.array(0) for mode in own}
+    found = dict.fromkeys(own, np.zeros(4, np.int64))
+    for spoilt in TROUBLE:
+        outcome = {}
+        for mode, (p, g, *states) in own.items():
+            g = g.copy()
+            g[[*spoilt]] = [*spoilt.values()]
+            before = found[mode].copy()
+            with gg.use_kernels(mode), np.errstate(all="ignore"):
+                norm, coefficient, new = flat_step(
+                    NUMPY, p, g, *states, count=counts[mode], found=found[mode], base=10,
+                    bound=bound, nonfinite=nonfinite, rule="adam", flags=flags, numbers=NUMBERS,
+                )  # fmt: skip
+            assert np.array_equal(found[mode], before), "what was found before is not changed"
+            outcome[mode] = norm, coefficient, new
+            found[mode] = new
+        (norm, factor, kept), (its_norm, its_factor, its) = outcome["off"], outcome["require"]
+        assert (norm.dtype, kept.dtype) == (its_norm.dtype, its.dtype)
+        np.testing.assert_allclose(its_norm, norm, rtol=1e-6)
+        assert (factor is None) == (its_factor is None) == (bound == math.inf)
+        if factor is not None:
+            assert factor.dtype == its_factor.dtype
+            np.testing.assert_allclose(its_factor, factor, rtol=1e-6)
+        assert kept.tolist() == its.tolist()
+        assert counts["off"] == counts["require"]
+        if nonfinite != "propagate":  # NaN has been everywhere, and says nothing
+            for a, b in zip(own["require"], own["off"], strict=True):
+                assert close(a, b, dtype)
+
+
+def test_a_step_whose_norm_is_known() -> None:
+    p, g = (np.ones(20_000, np.float32) for _ in range(2))
+    with gg.use_kernels("require"):
+        norm, coefficient, _ = flat_step(
+            NUMPY, p, g, count=np.array(0), found=np.zeros(4, np.int64), base=0, bound=1.0,
+            nonfinite="skip", rule="sgd", numbers={"lr": 1.0, "decay": 0.0, "momentum": 0.0,
+                                                   "dampening": 0.0},
+            flags={"moves": False, "nesterov": False, "decays": False},
+            measured=(np.float64(16.0), np.float64(np.nan), np.int64(0), np.int64(0)),
+        )  # fmt: skip
+    assert norm == 4
+    assert coefficient == pytest.approx(0.25)
+    assert np.all(p == 1 - coefficient)
+
+
 # -- together --------------------------------------------------------------------------------------
 
 
@@ -347,9 +407,7 @@ def test_an_optimiser_uses_them() -> None:
         p.grad = gg.tensor(np.ones(9000, np.float32))
     with note_choices() as choices:
         optimizer.step(clip=1.0)
-    assert [(c.operation, c.implementation) for c in choices] == [
-        ("flat_norm", "numba cpu"), ("flat_update", "numba cpu"),
-    ]  # fmt: skip
+    assert [(c.operation, c.implementation) for c in choices] == [("flat_step", "numba cpu")]
 
 
 def test_two_threads_of_python() -> None:
