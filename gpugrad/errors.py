@@ -47,5 +47,9 @@ class KernelError(GpugradError, RuntimeError):
     """A compiled kernel that cannot be made, loaded or used where it was required."""
 
 
+class CompileError(GpugradError, RuntimeError):
+    """A function that cannot become a program: it does what a program cannot do again."""
+
+
 class GradientCheckError(GpugradError, AssertionError):
     """A derivative that disagrees with finite differences."""

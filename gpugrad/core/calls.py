@@ -12,7 +12,7 @@ from gpugrad.core.codegen import implement
 from gpugrad.core.primitive import Primitive, registry
 from gpugrad.errors import GraphError
 
-__all__ = ["Notice", "each_call", "is_told"]
+__all__ = ["Notice", "each_call", "is_told", "told"]
 
 #: Is told the primitive, its operands (arrays, numbers and None), its parameters, and its results.
 Notice = Callable[[Primitive, Sequence[Any], dict[str, Any], Sequence[Any]], None]
@@ -20,6 +20,9 @@ Notice = Callable[[Primitive, Sequence[Any], dict[str, Any], Sequence[Any]], Non
 #: Blocks replace what operations look up, so there is one at a time; one inside another will do.
 _turn = RLock()
 
+
+#: Not empty while some thread is told of operations.
+told: list[None] = []
 
 #: Threads that want to be told of each layer by itself.
 _apart: list[int] = []
@@ -49,6 +52,7 @@ def each_call(notice: Notice, *, apart: bool = False) -> Iterator[None]:
     ['matmul', 'softmax']
     """
     with _turn:
+        told.append(None)
         kinds = [kind for kind in SPACES if kind in SPACES[kind].types]
         if apart:
             _apart.append(get_ident())
@@ -56,6 +60,7 @@ def each_call(notice: Notice, *, apart: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
+            told.pop()
             if apart:
                 _apart.remove(get_ident())
             lost = [teller for teller in tellers if not teller.restore()]

@@ -9,9 +9,10 @@ text of both is generated here, compiled on first use, and can be read with :fun
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
-from threading import Lock
+from threading import RLock
 from types import FunctionType
 from typing import Any, NoReturn
 
@@ -535,7 +536,7 @@ def _first_call(*args: Any, **kwargs: Any) -> Any:
     return compile_now()(*args, **kwargs)  # type: ignore[name-defined]  # noqa: F821
 
 
-_compiling = Lock()
+_compiling = RLock()
 
 
 def _compile_now(made: Primitive) -> Callable[..., Any]:
@@ -543,14 +544,52 @@ def _compile_now(made: Primitive) -> Callable[..., Any]:
     function: Any = made.function
     with _compiling:
         if function.__code__ is _first_call.__code__:
-            scope = function.__globals__
-            found: dict[str, Any] = {}  # apart: the name may be that of a helper in scope
-            exec(compiled(function_source(made), f"<gpugrad {made.name}>"), scope, found)
-            real = found[made.name]
+            real = plain(made)
             function.__defaults__ = real.__defaults__
             function.__kwdefaults__ = real.__kwdefaults__
             function.__code__ = real.__code__
     return function  # type: ignore[no-any-return]
+
+
+def plain(made: Primitive) -> Any:
+    """The generated function itself, another object than the one that everybody holds."""
+    with _compiling:
+        if made.text is None:
+            found: dict[str, Any] = {}  # apart: the name may be that of a helper in scope
+            text = compiled(function_source(made), f"<gpugrad {made.name}>")
+            exec(text, made.function.__globals__, found)
+            made.text = found[made.name]
+    return made.text
+
+
+#: Called with the primitive, its arguments by position and those by name; returns the result.
+Around = Callable[[Primitive, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def intercepted(around: Around) -> Iterator[None]:
+    """Let `around` be called in the place of every operation, from any thread, inside the block.
+
+    It exchanges what the operations' functions consist of, so nothing is paid for it elsewhere.
+    """
+    functions: list[tuple[Any, Any]] = []
+    with _compiling:
+        for made in registry.values():
+            function: Any = made.function
+            functions.append((function, function.__code__))
+            function.__globals__["around"] = partial(around, made)
+            function.__code__ = _intercepted.__code__
+    try:
+        yield
+    finally:
+        with _compiling:
+            for function, code in functions:
+                function.__code__ = code
+
+
+def _intercepted(*args: Any, **kwargs: Any) -> Any:
+    """What a public function does in a block of :func:`intercepted`."""
+    return around(args, kwargs)  # type: ignore[name-defined]  # noqa: F821
 
 
 def source(function: Callable[..., Any]) -> str:

@@ -52,6 +52,11 @@ def records(result: Any) -> bool:
     return _state.recording
 
 
+def keeps_results() -> bool:
+    """Whether this thread is inside of :class:`keep_results`."""
+    return _state.kept is not None
+
+
 class keep_results:
     """Collect every result that this thread records inside the block, for a look at the graph.
 

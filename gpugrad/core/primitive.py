@@ -136,6 +136,8 @@ class Primitive:
     reference: Callable[..., Any] | None = None
     function: Callable[..., Any] = field(init=False, repr=False)
     implementations: dict[type, Callable[..., Any]] = field(init=False, repr=False)
+    #: The function's generated text, compiled at the first call.
+    text: Any = field(default=None, init=False, repr=False)
 
     @property
     def differentiable(self) -> bool:

@@ -11,6 +11,7 @@ from gpugrad.backend.precision import (
 from gpugrad.backend.threads import get_num_threads, set_num_threads
 from gpugrad.core.autocast import autocast, is_autocast_enabled
 from gpugrad.core.checks import check_grads
+from gpugrad.core.compiling import compile
 from gpugrad.core.conversion import asarray, from_dlpack, tensor
 from gpugrad.core.explain import Explanation, explain
 from gpugrad.core.modes import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
@@ -29,6 +30,7 @@ __all__ = [
     "asarray",
     "autocast",
     "check_grads",
+    "compile",
     "composite",
     "elementwise",
     "enable_grad",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Parameter, Tensor
+from gpugrad.core.trace import Trace, active, noticing
 from gpugrad.errors import GpugradError
 from gpugrad.nn.errors import ModuleError, StateDictError
 from gpugrad.nn.hooks import Watch
@@ -424,6 +426,27 @@ def write(target: Tensor, value: Tensor) -> None:
         target[...] = value
     else:
         target.data = value.data
+
+
+@contextmanager
+def _noticed(trace: Trace) -> Iterator[None]:
+    """Tell a trace of the modules that are called, for the length of it."""
+    plain = Module.__call__
+
+    def call(self: Module, *args: Any, **kwargs: Any) -> Any:
+        if active() and id(self) not in trace.modules:
+            for module in self.modules():
+                trace.module(module, bool(module._hooks))
+        return plain(self, *args, **kwargs)
+
+    Module.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Module.__call__ = plain  # type: ignore[method-assign]
+
+
+noticing.append(_noticed)
 
 
 # -- errors that name the layer ------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpugrad.core.trace import Trace, active, noticing
 from gpugrad.errors import ParameterError
 
 __all__ = ["Generator", "default_generator", "manual_seed"]
@@ -102,6 +105,27 @@ def manual_seed(seed: int) -> Generator:
     True
     """
     return default_generator.manual_seed(seed)
+
+
+@contextmanager
+def _noticed(trace: Trace) -> Iterator[None]:
+    """Tell a trace of the draws that generators name, for the length of it."""
+    plain = Generator.stream
+
+    def stream(self: Generator) -> tuple[int, int]:
+        pair = plain(self)
+        if active():
+            trace.draw(self, pair)
+        return pair
+
+    Generator.stream = stream  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Generator.stream = plain  # type: ignore[method-assign]
+
+
+noticing.append(_noticed)
 
 
 def draws_from(generator: Any) -> Generator:

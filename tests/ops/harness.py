@@ -348,6 +348,36 @@ def _only_views(case: Case, y: gg.Tensor) -> bool:
     return all(n.primitive.view for n in nodes)
 
 
+def check_compiled(case: Case, device: str) -> None:
+    """A program has the values and gradients of the operation, bit for bit."""
+    compiled = gg.compile(lambda *operands: case.call(operands, device))
+    for step in range(4):  # the first two are watched
+        arrays = [
+            # Other values for a program that would keep the old ones.
+            x * (1 + step / 1024) if i in case.moving and case.sample.smooth else x
+            for i, x in enumerate(case.arrays)
+        ]
+        found = []
+        for function in (compiled, lambda *operands: case.call(operands, device)):
+            operands = [gg.tensor(x, device=device) for x in arrays]
+            for i in case.moving:
+                if operands[i].dtype.kind == "f":
+                    operands[i].requires_grad_()
+            results = function(*operands)
+            for y in results:
+                if y.requires_grad:
+                    g = np.cos(np.arange(y.size)).reshape(y.shape)
+                    y.backward(gg.tensor(g, dtype=y.dtype, device=y.device), retain_graph=True)
+            found.append([*(y.detach() for y in results), *(x.grad for x in operands)])
+        for a, b in zip(*found, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device)
+                equal_nan = a.dtype.kind in "fc"
+                assert np.array_equal(a.cpu().numpy(), b.cpu().numpy(), equal_nan=equal_nan)
+    assert compiled.text.startswith("def forward(")
+
+
 def check_layouts(case: Case) -> None:
     """Operands that are strided, transposed, reversed or read-only: same value, same gradients."""
     _, results, gradients = backward(case, "cpu")

@@ -112,6 +112,12 @@ def test_memory(case: Case) -> None:
     run(harness.check_memory, case)
 
 
+@on_every_device
+@over(CASES)
+def test_compiled(case: Case, device: str) -> None:
+    run(harness.check_compiled, case, device)
+
+
 @over([c for c in CASES if c.arrays])
 def test_layouts(case: Case) -> None:
     run(harness.check_layouts, case)

@@ -1,0 +1,517 @@
+"""Programs: what a trace did, as two straight pieces of Python, forward and backward.
+
+The first computes from left to right, one line for each operation. The second goes back from right
+to left, one line for each derivative: what the walk through a graph would do is known before it is
+done, so there is no graph, no node but one, and nothing to look up.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpugrad.backend import SPACES, Array, bind
+from gpugrad.core import graph
+from gpugrad.core.codegen import implement, normalise
+from gpugrad.core.graph import FREED, HOOKED, MANY, Node, Pick, destination, mutations, next_seq
+from gpugrad.core.nodes import compiled
+from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, is_ours
+from gpugrad.core.rules import fit
+from gpugrad.core.tensor import Tensor, tensor_of
+from gpugrad.core.trace import Name, Step, Trace, Write, source_of
+from gpugrad.errors import CompileError, GraphError
+
+__all__ = ["Program"]
+
+
+class Program:
+    """A traced function, to be run again.
+
+    Parameters
+    ----------
+    trace, earlier:
+        Traces of two calls that did the same.
+    outputs:
+        The tensors that the function returned in the first of them.
+
+    Attributes
+    ----------
+    text:
+        The program, to be read.
+    tensors:
+        The tensors from outside whose arrays it uses.
+    """
+
+    def __init__(self, trace: Trace, earlier: Trace, outputs: Sequence[Tensor]) -> None:
+        self.name = trace.name
+        self.modules = [(m, m.training) for m in trace.modules.values()]
+        writer = _Writer(trace, earlier, outputs)
+        self.tensors = writer.tensors
+        self._leaves = [x._node is not None for x in self.tensors]
+        self._arrays = [x.data for x in self.tensors]
+        self._kinds = [_kind(x.data) for x in self.tensors]
+        self.ends = writer.ends
+        self.differentiable = writer.differentiable
+        self.kept = writer.kept
+        self.text = writer.text
+        scope = writer.scope
+        exec(compiled(self.text, f"<gpugrad program {trace.name}>"), scope)
+        self.forward: Callable[..., Any] = scope["forward"]
+        self.backward: Callable[..., Any] | None = scope.get("backward")
+
+    def holds(self) -> bool:
+        """Whether modules and tensors from outside are as they were when it was made."""
+        for module, training in self.modules:
+            if module.training is not training or module._hooks:
+                return False
+        arrays = self._arrays
+        for i, x in enumerate(self.tensors):
+            if (x._node is not None) is not self._leaves[i]:
+                return False
+            if x.data is not arrays[i]:  # another array will do, if it is of the same kind
+                if _kind(x.data) != self._kinds[i]:
+                    return False
+                arrays[i] = x.data
+        return True
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs."""
+        arrays, kept = self.forward(*[x.data for x in inputs])
+        if self.backward is None:
+            return [tensor_of(x) for x in arrays]
+        node = Run(self, kept, [end(inputs) for end in self.ends])
+        if self.differentiable == [0] and len(arrays) == 1:
+            return [tensor_of(arrays[0], node)]
+        return [
+            tensor_of(x, Pick(node, i) if i in self.differentiable else None)
+            for i, x in enumerate(arrays)
+        ]
+
+
+def _kind(x: Array) -> tuple[Any, ...]:
+    return type(x), x.shape, x.dtype
+
+
+_PROGRAM = Primitive("program", lambda m: None, "", ("inputs",), True, {}, outputs="many")
+
+
+class Run(Node):
+    """One run of a program in the graph: a single node, whatever the program does."""
+
+    __slots__ = ("ends", "kept", "outputs", "program")
+    kind = MANY
+    primitive = _PROGRAM
+
+    def __init__(self, program: Program, kept: list[Array], ends: list[Any]) -> None:
+        self.program: Any = program
+        self.kept = kept
+        self.ends = ends
+        self.outputs = len(program.differentiable)
+        self.seq = next_seq()
+
+    def vjp(self, g: Any) -> Any:
+        return self.program.backward(g, [*self.kept], self.ends)
+
+    def pop(self, g: Any) -> Any:
+        back, kept, ends = self.program.backward, self.kept, self.ends
+        self.clear()
+        return back(g, kept, ends)
+
+    def pull(self, g: Any, wrap: Callable[..., Any] | None) -> Any:
+        """The pairs of parent and gradient, of arrays only."""
+        if wrap is not None:
+            raise GraphError(
+                f"backward: derivatives of derivatives of {self.program.name} were asked for, "
+                "which is compiled; call the function that was given to gg.compile instead"
+            )
+        return self.vjp(g)
+
+    def clear(self) -> None:
+        self.seq = FREED
+        self.program = None
+        self.kept = []
+        self.ends = []
+
+    @property
+    def mask(self) -> tuple[bool, ...]:
+        return (True,) * len(self.ends)
+
+    def parents(self) -> list[tuple[int, Any]]:
+        return list(enumerate(self.ends))
+
+    def saved(self) -> dict[str, Any]:
+        return dict(zip(self.program.kept, self.kept)) if self.program is not None else {}
+
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+    def metas(self) -> tuple[Any, ...] | None:
+        return None
+
+
+class _Writer:
+    """Writes the text of a program, and finds what its names stand for."""
+
+    def __init__(self, trace: Trace, earlier: Trace, outputs: Sequence[Tensor]) -> None:
+        self.trace = trace
+        self.scope: dict[str, Any] = {
+            "destination": destination, "fit": fit, "plus": graph.plus, "joined": _joined,
+            "into": _into, "normalise": normalise, "write": _write, "copy": _copy,
+        }  # fmt: skip
+        self._constants: dict[int, str] = {}
+        self.tensors: list[Tensor] = []
+        self._sources: dict[Name, Any] = {}
+        for name, found in trace.captured.items():
+            source = source_of(earlier.captured[name], found)
+            if isinstance(source, Tensor):
+                self.tensors.append(source)
+            self._sources[name] = source
+        self.names = [self._output(x) for x in outputs]
+        self.ends: list[Callable[[Sequence[Tensor]], Any]] = []
+        self.differentiable: list[int] = []
+        self.kept: list[Name] = []
+        back = self._backward(outputs)
+        self.text = self._forward() + ("\n\n" + back if back else "")
+
+    def _output(self, x: Tensor) -> Name:
+        return self.trace.names[id(x.data)]
+
+    def _bound(self, base: str, value: Any) -> str:
+        """A name in the program's scope for an object."""
+        if id(value) not in self._constants:
+            name, number = base, 1
+            while name in self.scope:
+                number += 1
+                name = f"{base}_{number}"
+            self.scope[name] = value
+            self._constants[id(value)] = name
+        return self._constants[id(value)]
+
+    def _write(self, value: Any) -> str:
+        """An expression of the program."""
+        if isinstance(value, Name):
+            return str(value)
+        if isinstance(value, tuple) and type(value) is tuple:
+            return f"({_listed([self._write(x) for x in value])})"
+        if type(value) is list:
+            return "[" + ", ".join(self._write(x) for x in value) + "]"
+        if type(value) is slice:
+            return f"slice({', '.join(map(self._write, (value.start, value.stop, value.step)))})"
+        plain = type(value) in (int, bool, str, type(None)) or value is Ellipsis
+        if plain or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        return self._bound("c1", value)
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def _forward(self) -> str:
+        inputs = [f"x{i}" for i in range(len(self.trace.inputs))]
+        lines = [f"def forward({', '.join(inputs)}):"]
+        add = lines.append
+        for i, (generator, _) in enumerate(self.trace.draws):
+            add(f"    s{i}, o{i} = {self._bound('generator', generator)}.stream()")
+        for name, source in self._sources.items():
+            if isinstance(source, Tensor):
+                add(f"    {name} = {self._bound(f'tensor_{name}', source)}.data")
+            else:
+                self.scope[name] = source
+        stays = {*self.names, *self.kept}
+        last = _last_uses(self.trace.steps)
+        for i, step in enumerate(self.trace.steps):
+            if isinstance(step, Write):
+                values = (step.target, step.index, step.value)
+                add(f"    write({', '.join(map(self._write, values))})")
+            else:
+                self._add_step(lines, step)
+            gone = [x for x in last[i] if x not in stays and x.startswith("t")]
+            if isinstance(step, Step):
+                gone += [x for x in self._aux(step) if x not in stays]
+            if gone:
+                add(f"    del {', '.join(sorted(gone))}")
+        results = [
+            f"copy({name})" if self._is_constant(name) else name for name in self.names
+        ]  # fmt: skip
+        add(f"    return [{', '.join(results)}], [{', '.join(self.kept)}]")
+        return "\n".join(lines)
+
+    def _add_step(self, lines: list[str], step: Step) -> None:
+        made, kind = step.made, step.kind
+        found = made.implementations.get(kind) or implement(made, kind)
+        values = [self._write(x) for x in step.operands]
+        values += [f"{name}={self._write(x)}" for name, x in step.parameters.items()]
+        call = f"{self._bound(made.name, found)}({', '.join(values)})"
+        (first, *_) = names = step.results
+        if made.outputs != 1:
+            lines.append(f"    {_listed(names)} = {call}")
+        elif made.aux:
+            lines.append(f"    {_listed((first, *self._aux(step)))} = {call}")
+        else:
+            lines.append(f"    {first} = {call}")
+        if made.outputs == 1 and step.shapes == [()] and "device" not in made.parameters:
+            lines.append(f"    {first} = normalise({first}, {self._bound('kind', kind)})")
+
+    @staticmethod
+    def _aux(step: Step) -> list[Name]:
+        return [Name(f"{step.results[0]}_{name}") for name in step.made.aux]
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def _backward(self, outputs: Sequence[Tensor]) -> str | None:
+        """The text of the way back; None if there is none."""
+        self._steps = {
+            id(step.node): step
+            for step in self.trace.steps
+            if isinstance(step, Step) and step.node is not None
+        }
+        self._grads: dict[str, str] = {}  # variable → "some", "none" for perhaps None, "own"
+        self._ends: dict[int, str] = {}  # node where the way back ends → its number
+        body: list[list[str]] = [[]]
+        waiting: dict[int, Any] = {}
+        several = len(outputs) > 1
+        seeds = []
+        for i, y in enumerate(outputs):
+            if y._node is not None:
+                self.differentiable.append(i)
+                variable = self._arrive(waiting, y._node, outputs)
+                seeds.append((i, variable))
+        if not seeds:
+            return None
+        for i, variable in seeds:
+            value = f"g.get({i})" if several else "g"
+            self._add_to(body[0], variable, value, several)
+        while waiting:
+            node = max(waiting.values(), key=lambda n: n.seq)
+            del waiting[id(node)]
+            body.append(self._node_lines(waiting, node))
+        ends = [*self._ends.values()]
+        kept = [*dict.fromkeys(self.kept)]
+        self.kept = kept
+        lines = ["def backward(g, kept, ends):"]
+        if kept:
+            lines += [f"    {_listed(kept)} = kept", "    kept.clear()"]
+        lines.append(f"    {_listed(ends)} = ends")
+        mine = {x for x in self._grads if not x.startswith("g_p")}
+        lines += _released(body, mine | {*kept} - {*self.trace.captured})
+        lines.append(f"    return {_listed([f'({p}, g_{p})' for p in ends])}")
+        return "\n".join(lines)
+
+    def _arrive(self, waiting: dict[int, Any], parent: Any, tensors: Sequence[Any]) -> str:
+        """The variable of the gradient that a node of the graph gets."""
+        index = ""
+        if isinstance(parent, Pick):
+            index = f"_{parent.index}"
+            parent = parent.p0
+        if parent.seq > self.trace.since:
+            step = self._steps.get(id(parent))
+            if step is None or parent.kind == HOOKED:
+                what = "a hook of a tensor" if parent.kind == HOOKED else parent.primitive.name
+                raise CompileError(
+                    f"compile: {self.trace.name} has {what} in its graph, which runs Python on the "
+                    "way back; leave it out of the function, or call the function as it is"
+                )
+            waiting[id(parent)] = parent
+            return f"g_{step.results[int(index[1:]) if index else 0]}"
+        if id(parent) not in self._ends:
+            self._ends[id(parent)] = f"p{len(self._ends)}"
+            self.ends.append(self._end(parent, tensors))
+        return f"g_{self._ends[id(parent)]}"
+
+    def _end(self, parent: Any, tensors: Sequence[Any]) -> Callable[[Sequence[Tensor]], Any]:
+        """How to find the node where the way back ends, from the inputs of a run."""
+        tensor = next(x for x in tensors if x is not None and x._node is parent)
+        for i, x in enumerate(self.trace.inputs):
+            if x is tensor or x._node is parent:
+                return lambda inputs: inputs[i]._node
+        name = self.trace.sources[id(tensor.data)]
+        source = self._sources[name]
+        assert isinstance(source, Tensor)
+        return lambda inputs: source._node
+
+    def _add_to(self, lines: list[str], variable: str, value: str, perhaps: bool) -> None:
+        """Add a gradient to a variable, as the walk through a graph adds them."""
+        state = self._grads.get(variable)
+        if state is None:
+            lines.append(f"    {variable} = {value}")
+            self._grads[variable] = "none" if perhaps else "some"
+        elif perhaps or state == "none":
+            lines.append(f"    {variable} = joined({variable}, {value})")
+            self._grads[variable] = "none" if perhaps and state == "none" else "some"
+        elif state == "own":
+            lines.append(f"    {variable} = into({variable}, {value})")
+        else:
+            lines.append(f"    {variable} = plus({variable}, {value})")
+            self._grads[variable] = "own"
+
+    def _node_lines(self, waiting: dict[int, Any], node: Node) -> list[str]:
+        """The lines of one node."""
+        lines: list[str] = []
+        step = self._steps[id(node)]
+        made = step.made
+        arrived = [f"g_{name}" for name in step.results]
+        known = [x for x in arrived if x in self._grads]
+        several = made.outputs != 1
+        perhaps = all(self._grads[x] == "none" for x in known)
+        g = arrived[0]
+        if several:
+            g = "[" + ", ".join(x if x in known else "None" for x in arrived) + "]"
+        parents = dict(node.parents())
+        metas = node.metas() if made.fits else None
+        targets = {i: self._arrive(waiting, parent, step.tensors) for i, parent in parents.items()}
+        body: list[str] = []
+        if perhaps:  # then what it would have reached may stay without
+            lines += [f"    {x} = None" for x in dict.fromkeys(targets.values())
+                      if x not in self._grads]  # fmt: skip
+            self._grads |= {x: "none" for x in targets.values() if x not in self._grads}
+            lines.append(f"    if {' or '.join(f'{x} is not None' for x in known)}:")
+        if made.joint is not None:
+            values = self._values(step, node, made.joint.names, g)
+            call = self._bound(f"{made.name}_vjp", bind(made.joint.function))
+            body.append(f"    r = {call}({values})")
+            others = not is_ours(made.forward)  # theirs may be None where one is needed
+            for i, target in targets.items():
+                value = self._fitted(f"r[{i}]", metas, i, others)
+                self._add_to(body, target, value, perhaps or others)
+            body.append("    del r")
+        else:
+            assert made.rules is not None
+            for i, target in targets.items():
+                rule = made.rules[i]
+                if rule is None:
+                    continue
+                if rule.function is PASS:
+                    value = g
+                else:
+                    name = self._bound(f"{made.name}_vjp{i}", bind(rule.function))
+                    value = f"{name}({self._values(step, node, rule.names, g)})"
+                self._add_to(body, target, self._fitted(value, metas, i, False), perhaps)
+        return lines + ([f"    {x}" for x in body] if perhaps else body)
+
+    def _fitted(self, value: str, metas: Any, i: int, perhaps: bool) -> str:
+        if metas is None:
+            return value
+        meta = self._bound("meta", metas[i])
+        return f"None if {value} is None else fit({value}, {meta})" if perhaps else (
+            f"fit({value}, {meta})"
+        )  # fmt: skip
+
+    def _values(self, step: Step, node: Node, names: Sequence[str], g: str) -> str:
+        """What a rule asks for, as the arguments of its call."""
+        made = step.made
+        saved = node.saved()
+        parents = dict(node.parents())
+        operands = dict(zip(made.operands, step.operands))
+        found = []
+        for name in names:
+            if name == "g":
+                found.append(g)
+            elif name == "m":
+                found.append(self._bound("m", SPACES[step.kind]))
+            elif name == "needs":
+                found.append(self._write(tuple(node.mask)))  # type: ignore[attr-defined]
+            elif name in made.parameters:
+                found.append(self._kept(step.parameters[name]))
+            elif name.endswith(HOME) and name not in saved:
+                if made.variadic:
+                    over = range(len(step.operands))
+                    homes = [self._home(parents.get(i)) for i in over]
+                    found.append(f"[{', '.join(homes)}]")
+                else:
+                    i = made.operands.index(name.removesuffix(HOME))
+                    found.append(self._home(parents.get(i)))
+            elif name == "y":
+                several = made.outputs != 1
+                found.append(self._kept(tuple(step.results) if several else step.results[0]))
+            elif name in made.aux:
+                found.append(self._kept(self._aux(step)[made.aux.index(name)]))
+            elif name in operands:
+                value = step.operands if made.variadic else operands[name]
+                found.append(self._kept(value))
+            else:  # what is known of an operand without its elements
+                assert name.endswith(FACETS[1:]), name
+                found.append(self._write(saved[name]))
+        return ", ".join(found)
+
+    def _home(self, parent: Any) -> str:
+        number = self._ends.get(id(parent))
+        return "None" if number is None else f"destination({number})"
+
+    def _kept(self, value: Any) -> str:
+        """An expression of the way back: its names are kept for it."""
+        for name in _names_in(value):
+            if not self._is_constant(name):
+                self.kept.append(name)
+        return self._write(value)
+
+    def _is_constant(self, name: Name) -> bool:
+        """Whether it is an array that is the same in every call."""
+        return name in self._sources and not isinstance(self._sources[name], Tensor)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as Python writes a tuple, without its brackets."""
+    return ", ".join(names) + "," * (len(names) == 1)
+
+
+def _names_in(value: Any) -> list[Name]:
+    if isinstance(value, Name):
+        return [value]
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, tuple | list):
+        return [name for x in value for name in _names_in(x)]
+    return []
+
+
+def _last_uses(steps: Sequence[Step | Write]) -> list[set[Name]]:
+    """For each step the names that no later one uses, and the results that none uses at all."""
+    seen: set[Name] = set()
+    found: list[set[Name]] = []
+    for step in reversed(steps):
+        if isinstance(step, Write):
+            names = _names_in((step.target, step.index, step.value))
+        else:
+            names = _names_in(tuple(step.operands)) + _names_in(tuple(step.parameters.values()))
+            names += step.results
+        found.append({*names} - seen)
+        seen |= {*names}
+    return found[::-1]
+
+
+def _released(blocks: Sequence[Sequence[str]], names: set[str]) -> list[str]:
+    """The lines of all blocks; each variable is released behind the last block that names it."""
+    seen: set[str] = set()
+    found: list[str] = []
+    for block in reversed(blocks):
+        words = set(re.findall(r"\w+", "\n".join(block))) & names - seen
+        seen |= words
+        found += [f"    del {', '.join(sorted(words))}"] * bool(words)
+        found += reversed(block)
+    return found[::-1]
+
+
+# -- what programs call ----------------------------------------------------------------------------
+
+
+def _joined(total: Any, g: Any) -> Any:
+    """The sum of two gradients, each of which may be None."""
+    return total if g is None else g if total is None else graph.plus(total, g)
+
+
+def _into(total: Any, g: Any) -> Any:
+    """The sum of a gradient that nobody else sees and another."""
+    if total.shape == () or not SPACES[type(total)].mutable:
+        return graph.plus(total, g)
+    graph.add_into(total, g)
+    return total
+
+
+def _copy(x: Array) -> Array:
+    space = SPACES[type(x)]
+    return space.asarray(x, device=space.device(x), copy=True)
+
+
+def _write(target: Array, index: Any, value: Any) -> None:
+    SPACES[type(target)].setitem(target, index, value)
+    mutations.mark(target)

@@ -1,0 +1,444 @@
+"""What a function of tensors does, operation by operation: the record that a program is made of.
+
+A trace is taken while the function runs as usual. Two of them, of two calls, say what a program may
+rely on: what is the same in both stays the same, and what differs has not been computed by
+operations.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock, local
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from gpugrad.backend import SPACES, Array, Backend, is_array
+from gpugrad.core.autocast import NARROWS, cast_operands
+from gpugrad.core.codegen import intercepted, kind_of, lift, plain
+from gpugrad.core.graph import Pick, mutations, next_seq
+from gpugrad.core.primitive import Primitive
+from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
+from gpugrad.core.walk import on_walk
+from gpugrad.errors import CompileError
+
+__all__ = ["Captured", "Name", "Step", "Trace", "Write", "active", "noticing"]
+
+
+class Name(str):
+    """A variable of a program: `x0` an input, `w0` what comes from outside, `t0` a result."""
+
+    __slots__ = ()
+
+
+#: A value as a program comes by it: a name, a constant, or a tuple, list or slice of such.
+Expression = Any
+
+
+@dataclass
+class Step:
+    """One operation.
+
+    Attributes
+    ----------
+    kind:
+        The array class that it ran for.
+    operands, parameters:
+        What went into it.
+    results:
+        What came out: one name, or several.
+    shapes:
+        Of the results.
+    tensors:
+        The operands that are tensors, and None for the others.
+    node:
+        What the graph has for it, if anything.
+    place:
+        Where it was called: file and line.
+    """
+
+    made: Primitive
+    kind: type
+    operands: list[Expression]
+    parameters: dict[str, Expression]
+    results: list[Name]
+    shapes: list[tuple[int, ...]]
+    tensors: list[Tensor | None]
+    node: Any
+    place: str
+
+    def said(self) -> tuple[Any, ...]:
+        """What must be the same in every call."""
+        return self.made.name, self.operands, self.parameters, self.shapes
+
+
+@dataclass
+class Write:
+    """A change of an array in place: `target[index] = value`."""
+
+    target: Name
+    index: Expression
+    value: Expression
+    place: str
+
+    def said(self) -> tuple[Any, ...]:
+        """What must be the same in every call."""
+        return "a change in place", self.target, self.index, self.value
+
+
+@dataclass
+class Captured:
+    """An array from outside of the function, and the tensors that it was met in."""
+
+    name: Name
+    array: Array
+    place: str
+    tensors: list[Tensor] = field(default_factory=list)
+    written: bool = False
+
+    def note(self, tensor: Tensor) -> None:
+        """Add a tensor that has the array."""
+        if all(tensor is not x for x in self.tensors):
+            self.tensors.append(tensor)
+
+
+class _Active(local):
+    trace: Trace | None = None
+
+
+_active = _Active()
+
+#: What else is to be told to a trace: called with it, for the length of it.
+noticing: list[Callable[[Any], AbstractContextManager[Any]]] = []
+
+#: Operations are intercepted for one trace at a time.
+_turn = RLock()
+
+
+def active() -> bool:
+    """Whether this thread's operations are being traced."""
+    return _active.trace is not None
+
+
+class Trace:
+    """One call of a function.
+
+    Attributes
+    ----------
+    inputs:
+        Tensors that stand for the arguments, in order; the arrays are views of theirs, so that each
+        is an array of its own.
+    since:
+        The creation number before the first node.
+    captured, steps, draws:
+        What came from outside; what was done, in order; and which generators were asked for random
+        numbers, with what they gave.
+    modules:
+        Modules that were called, by identity.
+    watched:
+        Whether somebody has a hook there: then Python has to run each time.
+    """
+
+    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
+        self.name = name
+        self.since = next_seq()
+        self.names: dict[int, Name] = {}
+        self.sources: dict[int, Name] = {}
+        self._arrays: list[Array] = []  # kept, so that each identity stays its own
+        self.captured: dict[Name, Captured] = {}
+        self.steps: list[Step | Write] = []
+        self.draws: list[tuple[Any, tuple[int, int]]] = []
+        self.modules: dict[int, Any] = {}
+        self.watched = False
+        self.inputs: list[Tensor] = []
+        for i, x in enumerate(tensors):
+            array = SPACES[type(x.data)].xp.reshape(x.data, x.data.shape)
+            self._call(array, Name(f"x{i}"))
+            self.inputs.append(tensor_of(array, x._node))
+        self._results = 0
+        self._inside = False
+        self._changed = 0
+        self._unseen = False
+
+    # -- while the function runs ----------------------------------------------------------------
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the trace of what this thread does inside the block."""
+        with _turn, ExitStack() as stack:
+            stack.enter_context(intercepted(_around))
+            stack.enter_context(self._instead(Tensor, "_write", _write))
+            for space in {SPACES[kind] for kind in SPACES if kind in SPACES[kind].types}:
+                stack.enter_context(self._instead(type(space), "to_host", _to_host))
+            for notice in noticing:
+                stack.enter_context(notice(self))
+            on_walk.append(self._refuse_walk)
+            stack.callback(on_walk.remove, self._refuse_walk)
+            self._changed = mutations.last
+            _active.trace = self
+            try:
+                yield
+            finally:
+                _active.trace = None
+            self._look_for_changes()
+
+    @staticmethod
+    @contextmanager
+    def _instead(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None]:
+        before = owner.__dict__.get(name)
+        found = getattr(owner, name)
+
+        def method(self: Any, *args: Any) -> Any:
+            return around(found, self, *args)
+
+        setattr(owner, name, method)
+        try:
+            yield
+        finally:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def operation(self, made: Primitive, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and note it."""
+        function: Any = made.function
+        given = inspect.signature(function).bind(*args, **kwargs)
+        given.apply_defaults()
+        parameters = {name: given.arguments[name] for name in made.parameters}
+        operands: Sequence[Any] = (
+            given.arguments[made.operands[0]]
+            if made.variadic
+            else [given.arguments[name] for name in made.operands]
+        )
+        if made.name in NARROWS:
+            operands = cast_operands(made, operands)
+        operands = [
+            x if isinstance(x, Tensor) or type(x) in SCALARS else
+            tensor_of(lift(made, x, [y for y in operands if y is not x]))
+            for x in operands
+        ]  # fmt: skip
+        place = _place()
+        expressions = [self.expression(x, place) for x in operands]
+        written = {name: self.expression(value, place) for name, value in parameters.items()}
+        self._note_draw(written)
+        self._inside = True
+        try:
+            y = plain(made)(*operands, **parameters)
+        finally:
+            self._inside = False
+        several = isinstance(y, tuple)
+        results = y if several else (y,)
+        arrays = [x.data if isinstance(x, Tensor) else x for x in operands]
+        node = next((r._node for r in results if r._node is not None), None)
+        step = Step(
+            made, kind_of(arrays[0], arrays[1:]), expressions, written, [], [], [],
+            node.p0 if several and isinstance(node, Pick) else node, place,
+        )  # fmt: skip
+        for result in results:
+            name = Name(f"t{self._results}")
+            self._results += 1
+            self._call(result.data, name)
+            step.results.append(name)
+            step.shapes.append(tuple(result.data.shape))
+        step.tensors = [x if isinstance(x, Tensor) else None for x in operands]
+        self.steps.append(step)
+        return y
+
+    def write(self, target: Tensor, index: Any, value: Any) -> None:
+        """Note a change in place, which is about to be made."""
+        place = _place()
+        name = self.expression(target, place)
+        if name in self.captured:
+            self.captured[name].written = True
+        self.steps.append(
+            Write(name, self.expression(index, place), self.expression(value, place), place)
+        )
+        self._look_for_changes()
+
+    def written(self) -> None:
+        """Note that a change in place has been made."""
+        self._changed = mutations.last
+
+    def _look_for_changes(self) -> None:
+        self._unseen = self._unseen or mutations.last != self._changed
+
+    def draw(self, generator: Any, pair: tuple[int, int]) -> None:
+        """Note that a generator named a draw."""
+        self.draws.append((generator, pair))
+
+    def module(self, module: Any, watched: bool) -> None:
+        """Note that a module is called."""
+        self.modules[id(module)] = module
+        self.watched = self.watched or watched
+
+    def read(self) -> None:
+        """Refuse to look at a value."""
+        if not self._inside:
+            raise CompileError(
+                f"compile: {self.name} looks at the value of a tensor at {_place()} (item, numpy, "
+                "if, print, ...); a program runs without looking, so return the tensor and look at "
+                "it outside, or choose with gg.where"
+            )
+
+    def _refuse_walk(self, seeds: Any, since: int) -> None:
+        if _active.trace is self:
+            raise CompileError(
+                f"compile: {self.name} runs a backward pass at {_place()}; compile what computes "
+                "the loss, and call backward on the result"
+            )
+
+    # -- names ------------------------------------------------------------------------------------
+
+    def _call(self, array: Array, name: Name) -> None:
+        """Give an array a name."""
+        self.names[id(array)] = name
+        self.sources.setdefault(id(array), name)
+        self._arrays.append(array)
+
+    def _note_draw(self, parameters: dict[str, Expression]) -> None:
+        """Put the numbers of a draw, which are others each time, in the place of what they were."""
+        if "seed" in parameters and "offset" in parameters:
+            pair = parameters["seed"], parameters["offset"]
+            for i, (_, drawn) in enumerate(self.draws):
+                if drawn == pair:
+                    parameters["seed"], parameters["offset"] = Name(f"s{i}"), Name(f"o{i}")
+
+    def expression(self, value: Any, place: str) -> Expression:
+        """How a program comes by a value that an operation was given."""
+        if isinstance(value, Tensor):
+            name = self._named(value.data, place)
+            if name in self.captured:
+                self.captured[name].note(value)
+            return name
+        if type(value) is tuple:
+            return tuple(self.expression(x, place) for x in value)
+        if type(value) is list:
+            return [self.expression(x, place) for x in value]
+        if type(value) is slice:
+            parts = (value.start, value.stop, value.step)
+            return slice(*(self.expression(x, place) for x in parts))
+        if type(value) not in SCALARS and not isinstance(value, np.generic) and is_array(value):
+            return self._named(value, place)
+        return value
+
+    def _named(self, array: Array, place: str) -> Name:
+        if id(array) not in self.names:
+            name = Name(f"w{len(self.captured)}")
+            self.captured[name] = Captured(name, array, place)
+            self._call(array, name)
+        return self.names[id(array)]
+
+    # -- two of them ------------------------------------------------------------------------------
+
+    def result(self, y: Tensor) -> None:
+        """Note what the function returned: an array that no operation made belongs to the caller.
+
+        Who may change it, so that a copy is kept to compare with.
+        """
+        known = id(y.data) in self.names
+        name = self.expression(y, "its end")
+        if not known:
+            space = SPACES[type(y.data)]
+            copy = space.asarray(y.data, device=space.device(y.data), copy=True)
+            self.captured[name].array = copy
+
+    def difference(self, earlier: Trace) -> str | None:
+        """What the function did otherwise in an earlier call, or beside operations; or None."""
+        if self._unseen:
+            return (
+                "an array was changed in place by other means than indexing and +=; optimisers, "
+                "clipping and zero_grad belong outside of the function"
+            )
+        for a, b in zip(earlier.steps, self.steps):
+            if a.said() != b.said():
+                return f"at {b.place} there was {_told(a)}, and then {_told(b)}"
+        if len(earlier.steps) != len(self.steps):
+            return f"there were {len(earlier.steps)} operations, and then {len(self.steps)}"
+        for name, found in self.captured.items():
+            before = earlier.captured[name]
+            if source_of(before, found) is None:
+                what = "changed in place" if found.written else "used"
+                return (
+                    f"what is {what} at {found.place}, of shape {tuple(found.array.shape)}, is "
+                    "made anew in each call by other means than operations"
+                )
+        return None
+
+
+def source_of(before: Captured, now: Captured) -> Tensor | Array | None:
+    """Where a captured array comes from in every call.
+
+    A tensor whose array it is; or the array itself, if it was the same one in both calls or had the
+    same elements. None if neither holds.
+    """
+    for x in now.tensors:
+        if any(x is y for y in before.tensors):
+            return x
+    if now.array is before.array:
+        return now.array
+    made = any(x._node is not None for x in now.tensors)
+    if made or now.written or not _equal(before.array, now.array):
+        return None
+    return now.array
+
+
+def _equal(a: Array, b: Array) -> bool:
+    if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    space = SPACES[type(a)]
+    return bool(np.array_equal(space.to_host(a).view(), space.to_host(b).view()))
+
+
+def _told(step: Step | Write) -> str:
+    """A step in a message."""
+    if isinstance(step, Write):
+        return f"{step.target}[{step.index}] = {step.value}"
+    values = [*map(str, step.operands), *(f"{k}={v}" for k, v in step.parameters.items())]
+    return f"{step.made.name}({', '.join(values)})"
+
+
+# -- what stands in the place of others ------------------------------------------------------------
+
+
+def _around(made: Primitive, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    trace = _active.trace
+    if trace is None or trace._inside:
+        return plain(made)(*args, **kwargs)
+    return trace.operation(made, args, kwargs)
+
+
+def _write(found: Callable[..., Any], target: Tensor, name: str, index: Any, value: Any) -> None:
+    trace = _active.trace
+    if trace is not None:
+        trace.write(target, index, value)
+    found(target, name, index, value)
+    if trace is not None:
+        trace.written()
+
+
+def _to_host(found: Callable[..., Any], space: Backend, x: Array) -> Any:
+    if _active.trace is not None:
+        _active.trace.read()
+    return found(space, x)
+
+
+_HERE = str(Path(__file__).resolve().parents[1])
+
+
+def _place() -> str:
+    """File and line of the caller outside of the library; of the outermost one if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    found = ""
+    while frame is not None:
+        found = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        if not frame.f_code.co_filename.startswith((_HERE, "<gpugrad")):
+            break
+        frame = frame.f_back
+    return found
