@@ -19,9 +19,9 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 from gpugrad.errors import KernelError, ParameterError
@@ -74,24 +74,28 @@ class Slot:
         :class:`Kernel` or a list of them. It is imported when a kernel is first wanted.
     at_least:
         Elements of the first operand below which the generic text is as quick.
+    given:
+        The kernels themselves, where they are in no module.
     """
 
     name: str
     module: str
     at_least: int = 0
-    _kernels: list[Kernel] | None = field(default=None, repr=False)
+    given: InitVar[Sequence[Kernel] | None] = None
 
-    @property
+    def __post_init__(self, given: Sequence[Kernel] | None) -> None:
+        if given is not None:
+            self.kernels = list(given)
+
+    @cached_property
     def kernels(self) -> list[Kernel]:
         """The kernels, in the order in which they are asked."""
-        if self._kernels is None:
-            found = importlib.import_module(self.module).KERNELS[self.name]
-            self._kernels = [found] if isinstance(found, Kernel) else list(found)
-        return self._kernels
+        found = importlib.import_module(self.module).KERNELS[self.name]
+        return [found] if isinstance(found, Kernel) else list(found)
 
     def add(self, kernel: Kernel) -> None:
         """Put a kernel before the others."""
-        self._kernels = [kernel, *self.kernels]
+        self.kernels = [kernel, *self.kernels]
 
     def run(
         self, generic: Callable[..., Any], m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

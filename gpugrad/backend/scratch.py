@@ -17,7 +17,7 @@ import ctypes
 import math
 import mmap
 import os
-import weakref
+import sys
 from collections import OrderedDict
 from threading import RLock
 from typing import Any
@@ -87,6 +87,11 @@ class Loan:
     """What an array from here refers to as its base; when it dies, nobody sees the memory."""
 
     __slots__ = ()
+    block: mmap.mmap  # in the dictionary of the subclass
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            _blocks.give_back(ctypes.sizeof(self), self.block)  # type: ignore[arg-type]
 
 
 _types: dict[int, Any] = {}
@@ -108,8 +113,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
     block = _blocks.take(size)
     loan = _loan_type(size).from_buffer(block)
     out: np.ndarray[Any, Any] = np.ndarray(shape, kind, loan)
+    loan.block = block
     # The array's views refer to the array, and it alone to the loan.
-    weakref.finalize(loan, _blocks.give_back, size, block).atexit = False
     return out
 
 

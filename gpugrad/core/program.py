@@ -81,7 +81,7 @@ class Program:
         arrays, kept = self.forward(*[x.data for x in inputs])
         if self.backward is None:
             return [tensor_of(x) for x in arrays]
-        node = Run(self, kept, [end(inputs) for end in self.ends])
+        node = Run(self, kept, [(inputs[x] if isinstance(x, int) else x)._node for x in self.ends])
         if self.differentiable == [0] and len(arrays) == 1:
             return [tensor_of(arrays[0], node)]
         return [
@@ -169,7 +169,8 @@ class _Writer:
                 self.tensors.append(source)
             self._sources[name] = source
         self.names = [self._output(x) for x in outputs]
-        self.ends: list[Callable[[Sequence[Tensor]], Any]] = []
+        #: Tensors whose nodes the way back ends at; a number is that of an input.
+        self.ends: list[Tensor | int] = []
         self.differentiable: list[int] = []
         self.kept: list[Name] = []
         back = self._backward(outputs)
@@ -218,8 +219,9 @@ class _Writer:
             else:
                 self.scope[name] = source
         stays = {*self.names, *self.kept}
-        last = _last_uses(self.trace.steps)
-        for i, step in enumerate(self.trace.steps):
+        steps = self._needed(stays)
+        last = _last_uses(steps)
+        for i, step in enumerate(steps):
             if isinstance(step, Write):
                 values = (step.target, step.index, step.value)
                 add(f"    write({', '.join(map(self._write, values))})")
@@ -235,6 +237,20 @@ class _Writer:
         ]  # fmt: skip
         add(f"    return [{', '.join(results)}], [{', '.join(self.kept)}]")
         return "\n".join(lines)
+
+    def _needed(self, stays: set[Name]) -> list[Step | Write]:
+        """The steps whose results somebody asks for, and changes in place."""
+        asked = {*stays}
+        found: list[Step | Write] = []
+        for step in reversed(self.trace.steps):
+            if isinstance(step, Write):
+                asked |= {*_names_in((step.target, step.index, step.value))}
+            elif asked.isdisjoint(step.results) and asked.isdisjoint(self._aux(step)):
+                continue
+            else:
+                asked |= {*_names_in((*step.operands, *step.parameters.values()))}
+            found.append(step)
+        return found[::-1]
 
     def _add_step(self, lines: list[str], step: Step) -> None:
         made, kind = step.made, step.kind
@@ -318,16 +334,16 @@ class _Writer:
             self.ends.append(self._end(parent, tensors))
         return f"g_{self._ends[id(parent)]}"
 
-    def _end(self, parent: Any, tensors: Sequence[Any]) -> Callable[[Sequence[Tensor]], Any]:
-        """How to find the node where the way back ends, from the inputs of a run."""
+    def _end(self, parent: Any, tensors: Sequence[Any]) -> Tensor | int:
+        """The tensor whose node this is where the way back ends, or the number of an input."""
         tensor = next(x for x in tensors if x is not None and x._node is parent)
         for i, x in enumerate(self.trace.inputs):
             if x is tensor or x._node is parent:
-                return lambda inputs: inputs[i]._node
+                return i
         name = self.trace.sources[id(tensor.data)]
         source = self._sources[name]
         assert isinstance(source, Tensor)
-        return lambda inputs: source._node
+        return source
 
     def _add_to(self, lines: list[str], variable: str, value: str, perhaps: bool) -> None:
         """Add a gradient to a variable, as the walk through a graph adds them."""

@@ -144,7 +144,7 @@ def weight_gradient(m: Any, g: Any, x: Any, weight_home: Any) -> Any:
 
     What is in a home must not be changed afterwards: its sum of squares may be known already.
     """
-    left, right = m.matrix_transpose(_rows(m, g)), _rows(m, x)
+    left, right = _rows(m, g).mT, _rows(m, x)
     if weight_home is None:
         return m.matmul(left, right)
     return matmul_into(m, left, right, weight_home)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,12 @@ __all__ = ["NONFINITE", "Report", "check_clip", "run_step"]
 
 #: What a step may do about gradients that are NaN or infinite.
 NONFINITE = ("propagate", "skip", "zero", "raise")
+
+
+@lru_cache(64)
+def _bounded(clip: Any) -> GlobalNorm:
+    """The policy that a number stands for."""
+    return GlobalNorm(check_bound(clip, "clip"))
 
 
 def check_clip(clip: Any, name: str = "clip") -> None:
@@ -122,7 +129,7 @@ def _shares(spans: Sequence[Span], groups: Sequence[dict[str, Any]], clip: Any) 
             key = -1 - span.arena.group if "clip" in group else 0
         if key not in found:
             if own is not None and not hasattr(own, "coefficient") and not hasattr(own, "apply"):
-                own = GlobalNorm(check_bound(own, "clip"))
+                own = _bounded(own)
             found[key] = _Share(own)
         found[key].spans.append(span)
     clipped = [share for key, share in found.items() if share.policy is not None]

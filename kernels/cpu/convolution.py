@@ -13,7 +13,7 @@ threads, and these sums are added in order.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ from gpugrad.kernels.template import Placeholder, T, device
 from gpugrad.ops import formulas
 
 Array = np.ndarray[Any, Any]
+Shape = tuple[int, ...]
 
 #: Pieces of the batch whose gradients of the weights are summed apart, and the bytes they may take.
 CHUNKS, CHUNK_BYTES = 16, 1 << 25
@@ -208,17 +209,15 @@ def _backward_loops(activation: str | None) -> CpuTemplate:
 class Call:
     """The numbers of a call, with a second axis where there is one only."""
 
-    def __init__(self, x: Array, weight: Array, stride: Any, padding: Any, dilation: Any,
+    def __init__(self, x: Shape, weight: Shape, stride: Any, padding: Any, dilation: Any,
                  groups: int) -> None:  # fmt: skip
-        one = x.ndim == 3
-        self.x = x[:, :, None] if one else x
-        self.weight = weight[:, :, None] if one else weight
-        if one:
+        if len(x) == 3:
+            x, weight = (*x[:2], 1, x[2]), (*weight[:2], 1, weight[2])
             stride, padding, dilation = (1, *stride), ((0, 0), *padding), (1, *dilation)
         (self.top, bottom), (self.left, right) = padding
         (sh, sw), (dh, dw) = stride, dilation
-        self.n, self.c, self.h, self.w = self.x.shape
-        self.o, self.inner, kh, kw = self.weight.shape
+        self.n, self.c, self.h, self.w = x
+        self.o, self.inner, kh, kw = weight
         self.tall, self.wide = self.h + self.top + bottom, self.w + self.left + right
         self.rows = (self.tall - dh * (kh - 1) - 1) // sh + 1
         self.places = (self.wide - dw * (kw - 1) - 1) // sw + 1
@@ -235,9 +234,9 @@ class Call:
         fits = fits and self.border[3] - self.border[1] >= self.places
         self.gathered = sh == sw == 1 and min(self.border) >= 0 and fits
 
-    def packed(self, storage: str, transposed: bool, turned: bool) -> Array:
+    def packed(self, weight: Array, storage: str, transposed: bool, turned: bool) -> Array:
         """The weights as the micro-kernel takes them; transposed: from outputs to inputs."""
-        weight = np.ascontiguousarray(self.weight)
+        weight = np.ascontiguousarray(weight)
         taps, outer = self.taps, self.o // self.groups
         if self.alone:
             last = weight.reshape(self.c, taps).T
@@ -282,6 +281,10 @@ class Call:
         return channels_last(x[:, :, None] if x.ndim == 3 else x)
 
 
+#: The numbers of a call of these shapes: a net has few.
+call_of = lru_cache(1024)(Call)
+
+
 def widened(x: Any) -> Any:
     """An array in single precision; nothing stays nothing."""
     return None if x is None else x.astype(np.float32)
@@ -307,17 +310,17 @@ def convolution(
         y, kept = convolution(m, x32, w32, b32, stride, padding, dilation, groups, activation)
         result = y.astype(x.dtype)
         return result, None if kept is None else result if kept is y else kept.astype(x.dtype)
-    call = Call(x, weight, stride, padding, dilation, groups)
+    call = call_of(x.shape, weight.shape, stride, padding, dilation, groups)
     own = call.inside(x)
-    packed = call.packed(storage, transposed=False, turned=False)
+    packed = call.packed(weight, storage, transposed=False, turned=False)
     y = empty(call.result, x.dtype)
     # What the derivative is told: the result, or what the activation was applied to.
     both = activation is not None and "y" not in formula(f"{activation}_partial").operands
     z = empty(call.result, x.dtype) if both else y
     row = 0
     if bias is not None or activation is not None:
-        add = np.zeros(call.o, x.dtype) if bias is None else bias
-        tiled = np.tile(add, call.places)
+        tiled = np.empty((call.places, call.o), x.dtype)
+        tiled[...] = 0 if bias is None else bias
         row = address(tiled)
     _, _, _, kh, _, sh, _, dh, _, _ = call.shape
     size = x.dtype.itemsize
@@ -350,11 +353,11 @@ def convolution_backward(
         )
         homes = None, weight_home, bias_home
         return tuple(narrowed(a, x.dtype, home) for a, home in zip(found, homes))
-    call = Call(x, weight, stride, padding, dilation, groups)
+    call = call_of(x.shape, weight.shape, stride, padding, dilation, groups)
     own, top = call.inside(x), call.inside(g)
     told = top if kept is None else call.inside(kept)
     gathered = call.gathered
-    packed = (call.packed(storage, transposed=True, turned=gathered) if needs[0]
+    packed = (call.packed(weight, storage, transposed=True, turned=gathered) if needs[0]
               else np.empty(0, x.dtype))  # fmt: skip
     gx = empty((call.n, call.h, call.w, call.c) if needs[0] else (0,), x.dtype)
     weights = call.weights(storage)
@@ -381,7 +384,7 @@ def convolution_backward(
     if needs[1]:
         gw = call.unpacked(storage, sums, weight.shape, weight_home)
     if needs[2]:
-        gb = biases.sum(axis=(0, 1), out=bias_home)
+        gb = np.add.reduce(biases, axis=(0, 1), out=bias_home)
     return call.outside(gx, x.shape) if needs[0] else None, gw, gb
 
 
@@ -413,7 +416,7 @@ def _refuse(
         return f"no activation {activation!r}"
     if not (x.size and weight.size):
         return "nothing to compute"
-    call = Call(x, weight, stride, padding, dilation, groups)
+    call = call_of(x.shape, weight.shape, stride, padding, dilation, groups)
     return "no place for a window" if call.rows < 1 or call.places < 1 else None
 
 

@@ -223,8 +223,8 @@ def class_cross_entropy(
     told = _told(input, target, weight, ignore_index, label_smoothing)
     losses, largest, total, weights = of_rows = np.empty((4, target.size), told[1].dtype)
     _losses(1, input, more=(*told, *of_rows), result=False)
-    y: Any = losses.reshape(target.shape) if reduction == "none" else losses.sum()
-    counted = weights.sum()
+    y: Any = losses.reshape(target.shape) if reduction == "none" else np.add.reduce(losses)
+    counted = np.add.reduce(weights)
     if reduction == "mean":
         y = y / counted
     kept = (largest.reshape(target.shape), total.reshape(target.shape), np.asarray(counted))

@@ -217,7 +217,7 @@ def sum_over_rows(m: Backend, g: Array, shape: tuple[int, ...], home: Array | No
     totals = np.zeros((chunks, *shape))
     parts = np.zeros((chunks, *shape), g.dtype)
     _sum_chunks[numpy_storage(g.dtype)](rows, parts, totals)
-    out[...] = totals.sum(axis=0)
+    out[...] = np.add.reduce(totals, axis=0)
     return out
 
 
@@ -272,7 +272,7 @@ def linear_activation_backward(
         totals = np.zeros((chunks, features))
         parts = np.zeros((chunks, features), dtype)
         loops.backward_large[numpy_storage(dtype)](g, kept, gz, parts, totals)
-        gb[...] = totals.sum(axis=0)
+        gb[...] = np.add.reduce(totals, axis=0)
         if needs[0]:
             products.matmul(gz, weight, gx)
         if needs[1]:

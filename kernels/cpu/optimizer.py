@@ -110,8 +110,7 @@ def flat_norm(m: Backend, g: Array, /, *, finite_only: bool) -> tuple[Any, Any, 
     blocks = -(-g.size // BLOCK)
     squares, tops, bads = (np.empty(blocks, dtype) for dtype in (np.float64, bits, bits))
     flat = g.reshape(-1)
-    loop = _measure_finite if finite_only else _measure
-    run = (_measure_some if blocks <= FEW else _measure_many).bind(measure=loop)[storage]
+    run = _measuring(blocks > FEW, finite_only)[storage]
     run(storage_view(flat), squares, tops, bads, finite_only)
     count = np.add.reduce(bads, dtype=np.int64)
     first = np.int64(0)
@@ -119,6 +118,12 @@ def flat_norm(m: Backend, g: Array, /, *, finite_only: bool) -> tuple[Any, Any, 
         start = int(np.argmax(bads > 0)) * BLOCK
         first = start + np.argmax(~np.isfinite(flat[start : start + BLOCK]))
     return np.add.reduce(squares), np.maximum.reduce(tops, initial=0).view(kind), count, first
+
+
+@cache
+def _measuring(many: bool, finite_only: bool) -> CpuTemplate:
+    blocks = _measure_many if many else _measure_some
+    return blocks.bind(measure=_measure_finite if finite_only else _measure)
 
 
 _BITS = {"float32": (np.int32, np.float32), "float64": (np.int64, np.float64)}

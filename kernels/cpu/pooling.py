@@ -8,6 +8,7 @@ kept as the number of its place, in one byte.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -261,6 +262,7 @@ def _means(shape, x, y, divisor, back, alone, full):
 # -- launching ------------------------------------------------------------------------------------
 
 
+@lru_cache(1024)
 def _shape(shape: Any, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     """The numbers of a call, with a second axis where there is one only."""
     lead, zero = ((1,), (0,)) if len(kernel) == 1 else ((), ())
@@ -280,6 +282,7 @@ def _outer(y: Array, axes: int) -> Array:
     return seen if axes == 2 else seen[:, :, 0]
 
 
+@lru_cache(1024)
 def _places(shape: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> tuple[int, ...]:
     return tuple(
         (n + low + high - d * (k - 1) - 1) // s + 1
@@ -299,7 +302,7 @@ def max_pool(
     own = _inner(x)
     results = (shape[0], *shape[4:6], shape[3])
     y, winner = empty(results, x.dtype), empty(results, np.int8)
-    _max_forward[x.dtype.name](shape, address(own), address(y), address(winner))
+    _max_forward[numpy_storage(x.dtype)](shape, address(own), address(y), address(winner))
     return _outer(y, len(out)), _outer(winner, len(out))
 
 
@@ -317,7 +320,9 @@ def max_pool_backward(
     n, h, w, c = numbers[:4]
     top, own = _inner(g), np.ascontiguousarray(_last(winner))
     gx = empty((n, h, w, c), g.dtype)
-    _max_backward[g.dtype.name](numbers, address(top), address(own), address(gx), *_apart(numbers))
+    _max_backward[numpy_storage(g.dtype)](
+        numbers, address(top), address(own), address(gx), *_apart(numbers)
+    )
     return _outer(gx, len(kernel))
 
 
@@ -344,7 +349,7 @@ def window_mean(
     shape = _shape(x.shape, out, kernel, stride, padding, still)
     own = _inner(x)
     y = empty((shape[0], *shape[4:6], shape[3]), x.dtype)
-    _means[x.dtype.name](
+    _means[numpy_storage(x.dtype)](
         shape, address(own), address(y), x.dtype.type(divisor), False, *_apart(shape)
     )
     return _outer(y, len(out))
@@ -364,7 +369,7 @@ def window_mean_backward(
     n, h, w, c = numbers[:4]
     top = _inner(g)
     gx = empty((n, h, w, c), g.dtype)
-    _means[g.dtype.name](
+    _means[numpy_storage(g.dtype)](
         numbers, address(gx), address(top), g.dtype.type(divisor), True, *_apart(numbers)
     )
     return _outer(gx, len(kernel))
@@ -391,13 +396,19 @@ def _refuse_max(
     m: Backend, x: Any, kernel: Any, stride: Any, padding: Any, dilation: Any
 ) -> str | None:
     why = _fits(x, kernel, stride, padding, dilation)
-    # A step longer than the axis may lead from the border before it to the one behind.
-    if why is None and any(
-        low > d * (k - 1) or high > d * (k - 1) + s - 1 or (low > 0 and n < d)
-        for n, k, s, (low, high), d in zip(x.shape[2:], kernel, stride, padding, dilation)
-    ):
+    if why is None and _is_outside(x.shape, kernel, stride, padding, dilation):
         return "windows that lie in the border as a whole"
     return why
+
+
+@lru_cache(1024)
+def _is_outside(shape: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> bool:
+    """Whether a window lies in the border as a whole."""
+    # A step longer than the axis may lead from the border before it to the one behind.
+    return any(
+        low > d * (k - 1) or high > d * (k - 1) + s - 1 or (low > 0 and n < d)
+        for n, k, s, (low, high), d in zip(shape[2:], kernel, stride, padding, dilation)
+    )
 
 
 def _refuse_max_backward(

@@ -26,7 +26,7 @@ from gpugrad.kernels.cpu.compile import numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.convolution import (
     CHUNK_BYTES,
     TOGETHER,
-    Call,
+    call_of,
     misfit,
     narrowed,
     widened,
@@ -279,10 +279,10 @@ def transposed_convolution_backward(
         homes = None, weight_home, bias_home
         return tuple(narrowed(a, x.dtype, home) for a, home in zip(found, homes))
     storage, dtype = numpy_storage(x.dtype), x.dtype
-    call = Call(g, weight, stride, padding, dilation, groups)
+    call = call_of(g.shape, weight.shape, stride, padding, dilation, groups)
     seen, top = call.inside(x), call.inside(g)
     n, h, w, c = seen.shape
-    packed = (call.packed(storage, transposed=False, turned=False) if needs[0]
+    packed = (call.packed(weight, storage, transposed=False, turned=False) if needs[0]
               else np.empty(0, dtype))  # fmt: skip
     gx = empty(seen.shape if needs[0] else (0,), dtype)
     weights = call.weights(storage)
