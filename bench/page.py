@@ -39,8 +39,8 @@ svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
 .legend i { display: inline-block; width: 0.8em; height: 0.8em; margin-right: 0.4em;
   background: currentColor; }
 .legend span { color: var(--ink); }
-.c-numba { color: var(--own); } .c-numpy { color: var(--generic); }
-.c-cuda { color: var(--gpu); } .c-cupy { color: var(--gpu-generic); }
+.c-numba, .c-numba-compile { color: var(--own); } .c-numpy { color: var(--generic); }
+.c-cuda, .c-cuda-compile { color: var(--gpu); } .c-cupy { color: var(--gpu-generic); }
 .c-torch, .c-torch-cuda { color: var(--a); }
 .c-torch-fused, .c-torch-fused-cuda { color: var(--b); }
 .c-torch-compile, .c-torch-compile-cuda { color: var(--c); }

@@ -49,8 +49,9 @@ def step(
         makers["jax"] = partial(_with_jax, net, data, jax)
     tolerance = options.pop("tolerance", 1e-4)
     return Workload(
-        name=name, what=what, makers=makers, kind="step", tolerance=tolerance, **options
-    )
+        name=name, what=what, makers=makers, kind="step", tolerance=tolerance, compiles=True,
+        **options,
+    )  # fmt: skip
 
 
 def initial(shapes: dict[str, tuple[int, ...]]) -> Arrays:
@@ -96,14 +97,20 @@ def _with_gpugrad(net: Net, data: Data, size: tuple[Any, ...], who: Contender) -
     ]
     number = 0
 
+    def loss_of(x: Any, target: Any) -> Any:
+        y = model(x)
+        return nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape(-1))
+
+    compiled = who.variant == "compiled"
+    forward = gg.compile(loss_of) if compiled else loss_of
+
     def run() -> Any:
         nonlocal number
         x, target = rows[number % BATCHES]
         number += 1
-        with gg.use_kernels(who.variant):
+        with gg.use_kernels("auto" if compiled else who.variant):
             optimizer.zero_grad()
-            y = model(x)
-            loss = nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape(-1))
+            loss = forward(x, target)
             loss.backward()
             optimizer.step(clip=CLIP)
         return loss.detach()

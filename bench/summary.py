@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -118,11 +118,16 @@ def lines(report: Report, name: str, size: str) -> list[Line]:
     return found
 
 
-def base_of(report: Report, keys: Collection[str], device: str) -> str | None:
-    """Which of gpugrad's contenders on a device others are measured by: that with kernels."""
+def base_of(report: Report, timed: Mapping[str, Sequence[float]], device: str) -> str | None:
+    """Which of gpugrad's contenders on a device others are measured by: its best with kernels."""
     about = report["contenders"]
-    own = [key for key in keys if about[key]["own"] and about[key]["device"] == device]
-    return next((key for key in own if about[key]["variant"] == "auto"), own[0] if own else None)
+    own = [
+        key
+        for key, seconds in timed.items()
+        if seconds and about[key]["own"] and about[key]["device"] == device
+    ]
+    kernels = [key for key in own if about[key]["variant"] != "off"]
+    return min(kernels or own, key=lambda key: statistics.median(timed[key]), default=None)
 
 
 def last_sizes(report: Report) -> Iterator[tuple[str, str]]:

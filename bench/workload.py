@@ -38,8 +38,9 @@ class Contender:
     library:
         What has to be importable.
     variant:
-        For gpugrad the mode of :func:`gpugrad.use_kernels`; for PyTorch "eager", "fused" (its fused
-        optimiser) or "compiled" (that one as well).
+        For gpugrad the mode of :func:`gpugrad.use_kernels`, or "compiled" by
+        :func:`gpugrad.compile`; for PyTorch "eager", "fused" (its fused optimiser) or "compiled"
+        (that one as well).
     device:
         A device string of gpugrad.
     """
@@ -73,8 +74,10 @@ CONTENDERS: dict[str, Contender] = {
     for c in (
         Contender("numpy", "NumPy generic", "gpugrad", "off"),
         Contender("numba", "NumPy + Numba", "gpugrad", "auto"),
+        Contender("numba-compile", "NumPy + Numba, compiled", "gpugrad", "compiled"),
         Contender("cupy", "CuPy generic", "gpugrad", "off", "cuda:0"),
         Contender("cuda", "CuPy + Numba CUDA", "gpugrad", "auto", "cuda:0"),
+        Contender("cuda-compile", "CuPy + Numba CUDA, compiled", "gpugrad", "compiled", "cuda:0"),
         *(Contender(key, *about) for key, about in _PEERS.items()),
         Contender("autograd", "HIPS autograd", "autograd"),
         Contender("mygrad", "MyGrad", "mygrad"),
@@ -142,6 +145,8 @@ class Workload:
         Contenders that cannot take part, and why.
     variant:
         Whether it is much like another one: quick runs leave it out.
+    compiles:
+        Whether there is something in it for :func:`gpugrad.compile`.
     """
 
     name: str
@@ -157,6 +162,7 @@ class Workload:
     memory: float | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     variant: bool = False
+    compiles: bool = False
 
     def refuses(self, who: Contender, label: str, quick: bool = False) -> str | None:
         """Why a contender does not take part in a size; None if it does."""
@@ -166,6 +172,8 @@ class Workload:
             return "nobody has written it"
         if who.variant == "fused" and self.kind == "kernel":
             return "there is no optimiser in it"
+        if who.own and who.variant == "compiled" and not self.compiles:
+            return "there is nothing to compile in it"
         if who.variant == "compiled" and (quick or label != list(self.sizes)[-1]):
             return "compiled for the largest size of a full run only"
         return None

@@ -46,7 +46,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpugrad.kernels.cpu.compile import VECTOR, CpuTemplate, serial
-from gpugrad.kernels.cpu.memory import clear, size_of, turn
+from gpugrad.kernels.cpu.memory import clear, copy, size_of, turn
 from gpugrad.kernels.template import T, Target, arithmetic, device
 
 __all__ = ["pack", "pack_turned", "packed_shape", "panel", "product"]
@@ -255,8 +255,12 @@ def pack(b, packed):
                         packed[k].ctypes.data, width)  # fmt: skip
             continue
         for i in range(rows):
-            for j in range(there):
-                packed[k, i, j] = b[i, k * width + j]
+            if b.strides[1] == size:
+                # By address: a compiler that does not know the strides copies one by one.
+                copy(b[i, k * width :].ctypes.data, packed[k, i].ctypes.data, there)
+            else:
+                for j in range(there):
+                    packed[k, i, j] = b[i, k * width + j]
             for j in range(there, width):
                 packed[k, i, j] = T(0)
 

@@ -252,7 +252,8 @@ def test_contenders_are_sorted_into_present_and_absent(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "jax" or None)
     present, absent = available.split()
     assert [c.key for c in present] == [
-        "numpy", "numba", "torch", "torch-fused", "torch-compile", "autograd", "mygrad",
+        "numpy", "numba", "numba-compile", "torch", "torch-fused", "torch-compile", "autograd",
+        "mygrad",
     ]  # fmt: skip
     assert absent["cuda"] == absent["torch-cuda"] == "there is no GPU"
     assert absent["jax"] == "jax is not installed; pip install jax"
