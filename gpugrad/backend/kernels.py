@@ -97,6 +97,10 @@ class Slot:
         """Put a kernel before the others."""
         self.kernels = [kernel, *self.kernels]
 
+    def takes(self, m: Any, *args: Any, **kwargs: Any) -> bool:
+        """Whether there is a kernel for these operands."""
+        return any(kernel.refuse(m, *args, **kwargs) is None for kernel in self.kernels)
+
     def run(
         self, generic: Callable[..., Any], m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

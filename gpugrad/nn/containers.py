@@ -18,9 +18,6 @@ __all__ = ["ModuleList", "Residual", "Sequential"]
 #: Layers whose `forward` takes the name of an activation, to compute both in one operation.
 TAKES_ACTIVATION: set[type[Module]] = {Conv1d, Conv2d, Linear}
 
-#: Layers with one activation, one after the other, from which on they may be one operation.
-CHAIN = 8
-
 
 class _Ordered(Module):
     """Children under the names "0", "1", …, or names of their own, with the manners of a list."""
@@ -99,8 +96,8 @@ class Sequential(_Ordered):
     Takes modules, or one mapping from names to modules. Index and slice it like a list.
 
     A layer and the activation behind it are computed as one operation where there is one, such as
-    `Linear` and `Tanh`; a hook on either keeps them apart. So are many small layers in a
-    row, if all have the same activation.
+    `Linear` and `Tanh`; a hook on either keeps them apart. So are layers in a row, where that
+    is quicker, if all have the same activation, but for a last one that has none.
 
     >>> import gpugrad.nn as nn
     >>> nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))[:2]
@@ -140,11 +137,11 @@ class Sequential(_Ordered):
             if name is None:
                 x = module(x)
                 continue
-            if i > looked and len(modules) - i >= 2 * CHAIN - 1:
-                parameters = _chain(modules, i - 1, name)
-                looked = i - 1 + len(parameters)
-                if len(parameters) >= 2 * CHAIN and joins(x, parameters):
-                    x = layers(x, *parameters, activation=name)
+            if i > looked and i + 1 < len(modules):
+                parameters, ends = _chain(modules, i - 1, name)
+                looked = i - 1 + len(parameters) - ends
+                if len(parameters) > 2 and joins(x, parameters, name, ends):
+                    x = layers(x, *parameters, activation=name, ends=ends)
                     i = looked
                     continue
             x = module(x, activation=name)
@@ -152,20 +149,21 @@ class Sequential(_Ordered):
         return x
 
 
-def _chain(modules: list[Module], start: int, name: str) -> list[Parameter]:
+def _chain(modules: list[Module], start: int, name: str) -> tuple[list[Parameter], bool]:
     """Weights and biases of linear layers that lie one behind the other, each before the activation
-    of this name, and that nothing looks between."""
+    of this name, and that nothing looks between; and whether the last is the end of all, bare."""
     found: list[Parameter] = []
-    for layer, activation in zip(modules[start::2], modules[start + 1 :: 2]):
-        if (
-            type(layer) is not Linear
-            or layer.bias is None
-            or layer._hooks
-            or name_of(activation) != name
-        ):
+    for i in range(start, len(modules), 2):
+        layer = modules[i]
+        if type(layer) is not Linear or layer.bias is None or layer._hooks:
+            break
+        last = i == len(modules) - 1
+        if not last and name_of(modules[i + 1]) != name:
             break
         found += (layer.weight, layer.bias)
-    return found
+        if last:
+            return found, True
+    return found, False
 
 
 class ModuleList(_Ordered):

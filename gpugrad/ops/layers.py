@@ -1,6 +1,7 @@
 """A chain of layers as one operation.
 
 Where layers are small, what the program pays for each call is more than what the call computes.
+Between large ones, what Python does is slow, for its code has left the caches.
 """
 
 from __future__ import annotations
@@ -17,18 +18,25 @@ from gpugrad.core.primitive import differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor
 from gpugrad.errors import DTypeError, ShapeError
 from gpugrad.ops.fused import activation_named, reference
-from gpugrad.ops.linalg import activated, linear, product_of, sum_over_rows, weight_gradient
+from gpugrad.ops.linalg import (
+    activated,
+    biased,
+    linear,
+    product_of,
+    sum_over_rows,
+    weight_gradient,
+)
 from gpugrad.ops.samples import normal
 
 __all__: list[str] = []
 
 
-#: Multiply-adds of a layer from which on it is worth a call of its own.
-LARGE = 1 << 21
+#: Layers that are quicker in one call: so many, or two if one of them has so many multiply-adds.
+CHAIN, LARGE = 8, 1 << 21
 
 
-def joins(x: Any, parameters: Sequence[Any]) -> bool:
-    """Whether small layers are quicker in one call: where there is a kernel for them.
+def joins(x: Any, parameters: Sequence[Any], activation: str, ends: bool) -> bool:
+    """Whether layers are quicker in one call: where there is a kernel for them.
 
     `parameters` are a weight and a bias of each. False, too, for what does not fit together, so
     that the layer at fault can say so, and where somebody is to be told of each layer.
@@ -36,28 +44,15 @@ def joins(x: Any, parameters: Sequence[Any]) -> bool:
     if not isinstance(x, Tensor) or is_autocast_enabled() or kernel_mode() == "off" or is_told():
         return False
     data = x.data
-    kind = type(data)
-    if "layers" not in SPACES[kind].slots or not data.shape:
+    space = SPACES[type(data)]
+    slot = space.slots.get("layers")
+    if slot is None or not data.shape:
         return False
-    *rows, features = data.shape
-    dtype = data.dtype
-    most = LARGE / max(1, math.prod(rows))
-    if dtype not in _TAKEN:
+    arrays = [p.data for p in parameters]
+    rows = math.prod(data.shape[:-1])
+    if len(parameters) < 2 * CHAIN and max(w.size for w in arrays[::2]) * rows < LARGE:
         return False
-    for weight, bias in zip(parameters[::2], parameters[1::2]):
-        w, b = weight.data, bias.data
-        if type(w) is not kind or type(b) is not kind or w.dtype != dtype or b.dtype != dtype:
-            return False
-        if len(shape := w.shape) != 2 or shape[1] != features or b.shape != shape[:1]:
-            return False
-        if features * shape[0] >= most:
-            return False
-        features = shape[0]
-    return True
-
-
-#: Dtypes that there are kernels for.
-_TAKEN = ("float32", "float64")
+    return slot.takes(space, data, *arrays, activation=activation, ends=ends)
 
 
 def _pairs(arrays: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -86,28 +81,30 @@ def _apart(m: Any, kept: Array, shapes: Sequence[tuple[int, ...]]) -> list[Array
 
 @fusible
 def layers_backward(
-    m: Any, g: Any, arrays: Sequence[Any], kept: Any, activation: str, needs: Sequence[bool],
-    arrays_home: Sequence[Any],
+    m: Any, g: Any, arrays: Sequence[Any], kept: Any, activation: str, ends: bool,
+    needs: Sequence[bool], arrays_home: Sequence[Any],
 ) -> list[Any]:  # fmt: skip
     """All gradients of a chain, each only when it is needed."""
     chosen = activation_named("layers", activation)
     pairs = _pairs(arrays)
+    bent = pairs[:-1] if ends else pairs  # those with an activation
     if m is differentiable:  # what was kept beside the result would count as a constant
         results, sums = [arrays[0]], []
-        for weight, bias in pairs:
+        for weight, bias in bent:
             sums.append(linear(results[-1], weight, bias))
             results.append(chosen.forward(m, sums[-1]))
     else:
-        shapes = [(*arrays[0].shape[:-1], bias.shape[0]) for _, bias in pairs]
+        shapes = [(*arrays[0].shape[:-1], bias.shape[0]) for _, bias in bent]
         found = _apart(m, kept, shapes if chosen.from_result else shapes * 2)
-        results, sums = [arrays[0], *found[: len(pairs)]], found[len(pairs) :]
+        results, sums = [arrays[0], *found[: len(bent)]], found[len(bent) :]
     told = results[1:] if chosen.from_result else sums
     grads: list[Any] = [None] * len(arrays)
     first = max(list(needs).index(True) - 1, 0) // 2
     for k in range(len(pairs) - 1, first - 1, -1):
         weight, bias = pairs[k]
         at_weight, at_bias = 1 + 2 * k, 2 + 2 * k
-        g = chosen.partial(m, g, told[k])
+        if k < len(bent):
+            g = chosen.partial(m, g, told[k])
         if needs[at_weight]:
             grads[at_weight] = weight_gradient(m, g, results[k], arrays_home[at_weight])
         if needs[at_bias]:
@@ -119,10 +116,12 @@ def layers_backward(
     return grads
 
 
-def _reference(x: Any, *parameters: Any, activation: str) -> Any:
-    for weight, bias in zip(parameters[::2], parameters[1::2]):
+def _reference(x: Any, *parameters: Any, activation: str, ends: bool = False) -> Any:
+    *pairs, last = zip(parameters[::2], parameters[1::2])
+    for weight, bias in pairs:
         x = reference(x @ weight.T, bias, activation)
-    return x
+    weight, bias = last
+    return x @ weight.T + bias if ends else reference(x @ weight.T, bias, activation)
 
 
 def _samples() -> Any:
@@ -139,7 +138,12 @@ def _samples() -> Any:
         sample(normal(3, 0), *parameters(3, 2, 2), activation="silu", note="one row"),
         sample(normal((0, 3), 0), *parameters(3, 2, 3), activation="silu", note="no rows"),
         sample(normal((4, 3), 0), *parameters(3, 2), activation="tanh", note="one layer"),
-    ]
+        sample(normal((4, 3), 0), *parameters(3, 2, 5, 4), activation="tanh", ends=True,
+               note="a bare end"),
+        sample(normal((2, 3, 2), 0), *parameters(2, 3, 2), activation="gelu", ends=True,
+               note="a bare end after another activation"),
+        sample(normal((4, 3), 0), *parameters(3, 2), ends=True, note="one bare layer"),
+    ]  # fmt: skip
 
 
 @primitive(
@@ -149,7 +153,9 @@ def _samples() -> Any:
     samples=_samples,
     reference=_reference,
 )
-def layers(m: Backend, *arrays: Array, activation: str = "relu") -> tuple[Array, Array]:
+def layers(
+    m: Backend, *arrays: Array, activation: str = "relu", ends: bool = False
+) -> tuple[Array, Array]:
     """``activation(… activation(x @ w1.T + b1) … @ wn.T + bn)``: layers one after the other.
 
     Parameters
@@ -159,6 +165,8 @@ def layers(m: Backend, *arrays: Array, activation: str = "relu") -> tuple[Array,
         of shape (out,), all of one dtype.
     activation:
         A name, as in :func:`gpugrad.bias_activation`, the same for all layers.
+    ends:
+        The last layer has none, as the end of a net.
 
     Returns
     -------
@@ -178,8 +186,11 @@ def layers(m: Backend, *arrays: Array, activation: str = "relu") -> tuple[Array,
         raise DTypeError(f"layers: arrays of {met}; convert them to one dtype with .to(dtype)")
     y = arrays[0]
     results, sums = [], []
-    for weight, bias in pairs:
+    for weight, bias in pairs[:-1] if ends else pairs:
         z, y = activated(m, y, weight, bias, chosen)
         sums.append(z)
         results.append(y)
-    return y, _in_one(m, results if chosen.from_result else results + sums)
+    kept = results if chosen.from_result else results + sums
+    if ends:
+        y = biased(m, y, *pairs[-1])
+    return y, _in_one(m, kept) if kept else m.reshape(y, (-1,))[:0]

@@ -201,9 +201,12 @@ def linear(m: Backend, x: Array, weight: Array, bias: Array | None = None, /) ->
     >>> linear(gg.asarray([1.0, 2.0]), gg.asarray([[1.0, 1.0]]), gg.asarray([0.5]))
     tensor([3.5])
     """
+    return _linear_product(m, x, weight) if bias is None else biased(m, x, weight, bias)
+
+
+def biased(m: Backend, x: Array, weight: Array, bias: Array) -> Array:
+    """:func:`linear` of raw arrays, with a bias."""
     y = _linear_product(m, x, weight)
-    if bias is None:
-        return y
     _check_linear_bias(weight, bias)
     if m.mutable and bias.dtype == y.dtype:
         y += bias
@@ -229,12 +232,7 @@ def activated(
     m: Backend, x: Array, weight: Array, bias: Array, chosen: Activation
 ) -> tuple[Array, Array]:
     """A layer: what its activation is applied to, and its result."""
-    _check_linear_bias(weight, bias)
-    z = _linear_product(m, x, weight)
-    if m.mutable and bias.dtype == z.dtype:
-        z += bias
-    else:
-        z = z + bias
+    z = biased(m, x, weight, bias)
     y = chosen.forward(m, z)
     return z, y if y.dtype == z.dtype else m.astype(y, z.dtype)
 

@@ -88,7 +88,7 @@ SLOTS = slots(
             1 << 11,
             ("linear", "linear_activation", "linear_activation_backward", "sum_over_rows"),
         ),
-        "layers": (1 << 9, ("layers", "layers_backward")),
+        "wide": (1 << 9, ("layers", "layers_backward")),  # small ones too: kernels/cpu/layers.py
         "moments": (1 << 8, ("moments",)),
         "products": (1 << 14, ("matmul", "matmul_into")),
         "weight_gradient": (1 << 12, ("weight_gradient",)),

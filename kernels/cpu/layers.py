@@ -29,7 +29,13 @@ from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.gemm import GRAIN, available, rows_product
-from gpugrad.kernels.cpu.linear import _beside, _forward_rows, _in_place, _sum_rows
+from gpugrad.kernels.cpu.linear import (
+    _beside,
+    _forward_rows,
+    _in_place,
+    _sum_rows,
+    _with_bias,
+)
 from gpugrad.kernels.cpu.memory import address, copy, pointer, size_of
 from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, device, read, write
@@ -66,7 +72,7 @@ def _through(g, told, gz):
 
 
 @serial
-def _forward_piece(rows, a, b, x, table, widths, results, told, y):
+def _forward_piece(rows, a, b, x, table, widths, results, told, y, ends):
     size = size_of(T(0))
     source = x + a * widths[0] * size
     layers = table.shape[0]
@@ -74,9 +80,14 @@ def _forward_piece(rows, a, b, x, table, widths, results, told, y):
     for k in range(layers):
         inputs, outputs = widths[k], widths[k + 1]
         here = (before + a * outputs) * size
-        z = matrix(told + here, b - a, outputs)
+        last = y + a * outputs * size
+        bare = ends and k == layers - 1
+        z = matrix(last if bare else told + here, b - a, outputs)
         weight = matrix(table[k, 0], outputs, inputs)
         rows_product(matrix(source, b - a, inputs), False, weight, True, z)
+        if bare:
+            _with_bias(z, vector(table[k, 1], outputs), z, 0, b - a)
+            return
         source = results + here
         out = matrix(source, b - a, outputs)
         _forward_rows(z, vector(table[k, 1], outputs), out, 0, b - a)
@@ -85,15 +96,15 @@ def _forward_piece(rows, a, b, x, table, widths, results, told, y):
 
 
 @parallel
-def _forward(rows, x, table, widths, results, told, y):
+def _forward(rows, x, table, widths, results, told, y, ends):
     pieces = (rows + PIECE - 1) // PIECE
     for piece in prange(pieces):
         a, b = piece * rows // pieces, (piece + 1) * rows // pieces
-        _forward_piece(rows, a, b, x, table, widths, results, told, y)
+        _forward_piece(rows, a, b, x, table, widths, results, told, y, ends)
 
 
 @serial
-def _backward_piece(rows, a, b, first, g, table, widths, told, gz, gx):
+def _backward_piece(rows, a, b, first, g, table, widths, told, gz, gx, ends):
     """From the gradient of the result to that of what each layer's activation is applied to."""
     size = size_of(T(0))
     layers = table.shape[0]
@@ -106,7 +117,10 @@ def _backward_piece(rows, a, b, first, g, table, widths, told, gz, gx):
     for step in range(layers):
         k = layers - 1 - step
         n = (b - a) * outputs
-        _through(vector(source, n), vector(told + here, n), vector(gz + here, n))
+        if ends and step == 0:
+            copy(source, gz + here, n)
+        else:
+            _through(vector(source, n), vector(told + here, n), vector(gz + here, n))
         inputs = widths[k]
         before -= rows * inputs
         if k > first:  # in the place of the layer before
@@ -141,12 +155,12 @@ def _gradients(rows, x, k, before, homes, widths, results, gz):
 
 
 @parallel
-def _backward(rows, first, g, x, table, homes, widths, results, told, gz, gx):
+def _backward(rows, first, g, x, table, homes, widths, results, told, gz, gx, ends):
     layers = table.shape[0]
     pieces = (rows + PIECE - 1) // PIECE
     for piece in prange(pieces):
         a, b = piece * rows // pieces, (piece + 1) * rows // pieces
-        _backward_piece(rows, a, b, first, g, table, widths, told, gz, gx)
+        _backward_piece(rows, a, b, first, g, table, widths, told, gz, gx, ends)
     starts = np.zeros(layers, np.int64)
     for k in range(layers - 1):
         starts[k + 1] = starts[k] + rows * widths[k + 1]
@@ -277,55 +291,73 @@ _parameters = _Tables(_find_parameters)
 _homes = _Tables(_find_homes)
 
 
+def parameters_of(arrays: Sequence[Array]) -> _Parameters:
+    """What there is to know of weights and biases, in turn."""
+    found: _Parameters = _parameters.of(arrays)
+    return found
+
+
+def homes_of(
+    parameters: Sequence[Array], homes: Sequence[Array | None], needs: Sequence[bool]
+) -> tuple[list[Array | None], Array]:
+    """Where gradients of parameters go, None for one that nobody needs, and their addresses."""
+    found = [
+        (np.empty(p.shape, p.dtype) if home is None else home) if need else _NONE
+        for p, home, need in zip(parameters, homes, needs)
+    ]
+    return [None if home is _NONE else home for home in found], _homes.of(found).addresses
+
+
 # -- what the backend calls ------------------------------------------------------------------------
 
 
-def layers(m: Backend, *arrays: Array, activation: str = "relu") -> tuple[Array, Array]:
+def layers(
+    m: Backend, *arrays: Array, activation: str = "relu", ends: bool = False
+) -> tuple[Array, Array]:
     """The forward, and what its backward is told."""
     x, loops = arrays[0], _loops(activation)
-    known = _parameters.of(arrays[1:])
+    known = parameters_of(arrays[1:])
     shape = (*x.shape[:-1], known.outputs)
     rows, dtype = math.prod(shape[:-1]), x.dtype
     x = in_a_row(x)
     y = empty(shape, dtype)
-    total = rows * known.features
+    total = rows * (known.features - known.outputs * ends)
     kept = empty((total if loops.from_result else 2 * total,), dtype)
     results = address(kept)
     told = results if loops.from_result else results + total * dtype.itemsize
     loops.forward[numpy_storage(dtype)](
-        rows, address(x), known.addresses, known.widths, results, told, address(y)
+        rows, address(x), known.addresses, known.widths, results, told, address(y), ends
     )
     return y, kept
 
 
 def layers_backward(
-    m: Backend, g: Array, arrays: Sequence[Array], kept: Array, activation: str,
+    m: Backend, g: Array, arrays: Sequence[Array], kept: Array, activation: str, ends: bool,
     needs: tuple[bool, ...], arrays_home: Sequence[Array | None],
 ) -> list[Array | None]:  # fmt: skip
     """Gradients of all operands that are needed."""
     loops = _loops(activation)
     x, *parameters = arrays
-    known = _parameters.of(parameters)
+    known = parameters_of(parameters)
     rows, dtype = math.prod(x.shape[:-1]), x.dtype
-    total = rows * known.features
-    gz = empty((total,), dtype)
+    total = rows * (known.features - known.outputs * ends)
+    gz = empty((rows * known.features,), dtype)
     gx = empty(x.shape, dtype) if needs[0] else None
-    homes = [
-        (np.empty(p.shape, dtype) if home is None else home) if need else _NONE
-        for p, home, need in zip(parameters, arrays_home[1:], needs[1:])
-    ]
+    homes, places = homes_of(parameters, arrays_home[1:], needs[1:])
     x, g = in_a_row(x), in_a_row(g)
     results = address(kept)
     told = results if loops.from_result else results + total * dtype.itemsize
     loops.backward[numpy_storage(dtype)](
-        rows, max(needs.index(True) - 1, 0) // 2, address(g), address(x), known.addresses,
-        _homes.of(homes).addresses, known.widths, results, told, address(gz),
-        0 if gx is None else address(gx),
+        rows, max(needs.index(True) - 1, 0) // 2, address(g), address(x), known.addresses, places,
+        known.widths, results, told, address(gz), 0 if gx is None else address(gx), ends,
     )  # fmt: skip
-    return [gx, *(None if home is _NONE else home for home in homes)]
+    return [gx, *homes]
 
 
-def _refuse(m: Backend, *arrays: Any, activation: str = "relu") -> str | None:
+def refuse_chain(
+    m: Backend, *arrays: Any, activation: str = "relu", ends: bool = False
+) -> str | None:
+    """Why these are no chain for compiled loops, whatever their sizes."""
     x = arrays[0]
     if not isinstance(x, np.ndarray) or x.dtype not in _TAKEN:
         return "no array of a dtype that there are kernels for"
@@ -335,28 +367,38 @@ def _refuse(m: Backend, *arrays: Any, activation: str = "relu") -> str | None:
         return f"no activation {activation!r}"
     if len(arrays) < 3 or not len(arrays) % 2:
         return f"{len(arrays) - 1} parameters"
-    known = _parameters.of(arrays[1:])
+    known = parameters_of(arrays[1:])
     if known.why is not None:
-        return known.why  # type: ignore[no-any-return]
+        return known.why
     if x.dtype != known.dtype or x.shape[-1:] != (known.inputs,):
         return f"{x.dtype} of shape {x.shape} for {known.inputs} features of {known.dtype}"
-    if math.prod(x.shape[:-1]) * known.largest >= 2 * GRAIN:
-        return "a layer that is worth a call of its own"
     return None
 
 
-def _refuse_backward(
-    m: Backend, g: Any, arrays: Sequence[Any], kept: Any, activation: str, needs: Any,
-    arrays_home: Any,
-) -> str | None:  # fmt: skip
-    if not isinstance(g, np.ndarray) or g.dtype != arrays[0].dtype:
-        return "a gradient that is no array of the operands' dtype"
-    return _refuse(m, *arrays, activation=activation)
+def _refuse(m: Backend, *arrays: Any, **parameters: Any) -> str | None:
+    if why := refuse_chain(m, *arrays, **parameters):
+        return why
+    if math.prod(arrays[0].shape[:-1]) * parameters_of(arrays[1:]).largest >= 2 * GRAIN:
+        return "layers that are worth being divided each by itself"
+    return None
+
+
+def backward_of(refuse: Callable[..., str | None]) -> Callable[..., str | None]:
+    """The refusal of a backward from that of its forward."""
+
+    def refuse_backward(
+        m: Backend, g: Any, arrays: Sequence[Any], kept: Any, activation: str, ends: bool,
+        needs: Any, arrays_home: Any,
+    ) -> str | None:  # fmt: skip
+        if not isinstance(g, np.ndarray) or g.dtype != arrays[0].dtype:
+            return "a gradient that is no array of the operands' dtype"
+        return refuse(m, *arrays, activation=activation, ends=ends)
+
+    return refuse_backward
 
 
 _TAKEN = {np.dtype("float32"), np.dtype("float64")}
 
-KERNELS = {
-    "layers": Kernel(layers, LABEL, _refuse),
-    "layers_backward": Kernel(layers_backward, LABEL, _refuse_backward),
-}
+#: Large layers have others: see `kernels/cpu/wide.py`.
+FORWARD = Kernel(layers, LABEL, _refuse)
+BACKWARD = Kernel(layers_backward, LABEL, backward_of(_refuse))

@@ -128,6 +128,23 @@ def layers():
         yield from derived(chain, x, *parameters[:2], activation=activation)
         for wanted in ((0,), (3,), (4, 5), (6,)):
             yield from derived(chain, x, *parameters, wanted=wanted, activation=activation)
+        yield from derived(chain, x, *parameters, activation=activation, ends=True)
+
+
+def wide():
+    """Layers that are divided each by itself: with more columns than rows, and fewer."""
+    features = (23, 17, 30, 9)
+    parameters = []
+    for k, (inputs, outputs) in enumerate(itertools.pairwise(features)):
+        weight = np.float32(0.2) * random(outputs, inputs, seed=2 * k)
+        parameters += [weight, random(outputs, seed=2 * k + 1)]
+    for rows, activation, ends in ((20, "tanh", True), (27, "silu", False), (13, "relu", True)):
+        x = random(rows, 23, seed=rows)
+        yield from derived(chain, x, *parameters, activation=activation, ends=ends)
+        for wanted in ((0,), (3,), (4, 5), (6,)):
+            yield from derived(
+                chain, x, *parameters, wanted=wanted, activation=activation, ends=ends
+            )
 
 
 STREAM = {"seed": 0x9E3779B97F4A7C15, "offset": (1 << 33) + 5}
@@ -505,9 +522,12 @@ def small_products():
             if kernel_mode() == "off":
                 yield a.reshape(m, 6) @ b + (c if accumulate else 0)
                 continue
-            for lying in (b.T.copy().T, b):
+            for lying in (b.T.copy().T, np.repeat(b, 2, axis=1)[:, ::2], b):
+                packed[...] = NAN
                 microkernel.pack["float32"](lying, packed)
-                assert not np.concatenate(list(packed), 1)[:, n:].any()
+                panels = np.concatenate(list(packed), 1)
+                assert not panels[:, n:].any()
+                assert np.array_equal(panels[:, :n], b)
             width, out = packed.shape[2], c.copy() if accumulate else np.full_like(c, NAN)
             microkernel.product["float32"](
                 m, n, 2, 3, memory.address(a), (6, 3, 1), memory.address(packed),

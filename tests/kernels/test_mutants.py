@@ -36,6 +36,7 @@ CHECKS = {
     "cpu.gemm": ["gemm", "linear"],
     "cpu.linear": ["linear"],
     "cpu.layers": ["layers"],
+    "cpu.wide": ["wide"],
     "cpu.moments": ["moments"],
     "cpu.attention": ["attention"],
     "cpu.scores": ["attention"],
@@ -127,7 +128,9 @@ EQUAL: dict[str, dict[str, str]] = {
         "k + DEPTH -> k - DEPTH": DIVISION,
         "k + DEPTH - 1 -> k + DEPTH + 1": DIVISION,
     },
-    "cpu.microkernel.pack": {"b.strides[1] > 0 -> b.strides[1] <= 0": CHOICE},
+    "cpu.microkernel.pack": {
+        "b.strides[1] > 0 -> b.strides[1] <= 0": CHOICE,
+    },
     "cpu.windows.weight_sums": {"DEPTH + places // 2 -> DEPTH - places // 2": DIVISION},
     "cpu.pooling._max_row": {"i1 - i0 -> i1 + i0": BOTH, "j1 - j0 -> j1 + j0": BOTH},
     "cpu.microkernel._product": {
@@ -178,6 +181,22 @@ EQUAL: dict[str, dict[str, str]] = {
         f"cpu.layers.{body}": {"rows + PIECE - 1 -> rows + PIECE + 1": DIVISION}
         for body in ("_forward", "_backward")
     },
+    "cpu.wide._part": {"side + STRIP - 1 -> side + STRIP + 1": NOTHING},
+    "cpu.wide._layer": {"outputs > rows -> outputs <= rows": DIVISION},
+    "cpu.wide._forward": dict.fromkeys(
+        ("rows * inputs -> rows + inputs", "rows * inputs * outputs -> rows * inputs + outputs"),
+        DIVISION,
+    ),
+    "cpu.wide._gradients": dict.fromkeys(
+        ("inputs > rows -> inputs <= rows", "inputs > outputs -> inputs <= outputs"), DIVISION
+    ),
+    "cpu.wide._backward": dict.fromkeys(
+        (
+            "rows * inputs -> rows + inputs (2)",
+            "rows * inputs * outputs -> rows * inputs + outputs",
+        ),
+        DIVISION,
+    ),
     "cpu.gemm._bounds": {
         "x.shape[axis] - 1 -> x.shape[axis] + 1": "operands beside the result are copied, too",
     },

@@ -1,13 +1,16 @@
 """A chain of layers as one operation, against one operation for each."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 import gpugrad as gg
 from gpugrad.errors import DTypeError, InplaceError, ParameterError, ShapeError
+from gpugrad.kernels.cpu.direct import LARGEST
 from gpugrad.ops.fused import ACTIVATIONS
 from gpugrad.ops.layers import joins, layers
-from gpugrad.ops.linalg import linear_activation
+from gpugrad.ops.linalg import linear, linear_activation
 
 
 def operands(dtype="float64", rows=5, widths=(4, 3, 6, 2)):
@@ -18,24 +21,70 @@ def operands(dtype="float64", rows=5, widths=(4, 3, 6, 2)):
     return [gg.tensor(x.astype(dtype)) for x in found]
 
 
-def one_by_one(x, *parameters, activation):
-    for weight, bias in zip(parameters[::2], parameters[1::2]):
+def one_by_one(x, *parameters, activation, ends=False):
+    *pairs, last = zip(parameters[::2], parameters[1::2])
+    for weight, bias in pairs:
         x = linear_activation(x, weight, bias, activation)
-    return x
+    return linear(x, *last) if ends else linear_activation(x, *last, activation)
 
 
-@pytest.mark.parametrize("mode", ["off", "auto"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_results_and_gradients_are_those_of_separate_layers(activation, mode):
+def compared(made, mode, needs=None, **parameters):
+    """Results and gradients of the chain and of separate layers."""
     values = []
     for function in (layers, one_by_one):
-        tensors = [x.detach().requires_grad_() for x in operands(rows=200)]
-        with gg.use_kernels(mode):
-            y = function(*tensors, activation=activation)
+        tensors = [x.detach() for x in made]
+        moving = [t.requires_grad_() for i, t in enumerate(tensors) if not needs or needs[i]]
+        with gg.use_kernels(mode if function is layers else "auto"):
+            y = function(*tensors, **parameters)
             gg.sum(y * y).backward()
-        values.append([y.detach().numpy(), *(t.grad.numpy() for t in tensors)])
-    for got, want in zip(*values, strict=True):
+        values.append([y.detach().numpy(), *(t.grad.numpy() for t in moving)])
+    return zip(*values, strict=True)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("mode", ["off", "auto"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_results_and_gradients_are_those_of_separate_layers(activation, mode, ends):
+    for got, want in compared(operands(rows=200), mode, activation=activation, ends=ends):
         np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
+
+
+wide = pytest.mark.skipif(not LARGEST, reason="with short vectors OpenBLAS is quicker")
+
+#: Rows, and features before and after layers: more columns than rows, and the other way round.
+WIDE = [(150, (130, 260, 90, 10)), (3000, (30, 33, 40)), (64, (400, 400)), (257, (100, 100, 1))]
+
+
+@wide
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+@pytest.mark.parametrize(("rows", "widths"), WIDE)
+def test_large_layers(rows, widths, activation, ends):
+    made = operands(rows=rows, widths=widths)
+    for got, want in compared(made, "require", activation=activation, ends=ends):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+@wide
+@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=5)][1:])
+def test_gradients_of_large_layers_that_are_wanted(needs):
+    made = operands(rows=100, widths=(160, 170, 30))
+    for got, want in compared(made, "require", needs, activation="relu", ends=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+@wide
+@pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
+def test_large_layers_on_any_number_of_threads(activation):
+    made = operands("float32", rows=150, widths=(130, 260, 90, 10))
+    before, found = gg.get_num_threads(), []
+    try:
+        for threads in {1, before}:
+            gg.set_num_threads(threads)
+            found.append([a.tobytes() for a, _ in compared(made, "require", activation=activation)])
+    finally:
+        gg.set_num_threads(before)
+    assert all(x == found[0] for x in found)
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
@@ -106,22 +155,37 @@ def test_errors():
 
 
 def test_what_joins():
-    x, *parameters = operands("float32")
-    assert joins(x, parameters)
-    assert joins(gg.tensor(np.ones((3, 0, 4), "float32")), parameters)
-    assert not joins(x.to("float64"), parameters)
-    assert not joins(x, parameters[2:])
-    assert not joins(x.to("float16"), [p.to("float16") for p in parameters])
-    assert not joins(gg.tensor(np.float32(1.0)), parameters)
-    assert not joins(x.numpy(), parameters)
-    assert not joins(gg.ones((1 << 17, 4), dtype="float32"), parameters)
-    assert not joins(x, [p.to("strict:device1") for p in parameters])
-    assert not joins(x.to("strict:device1"), [p.to("strict:device1") for p in parameters])
-    assert not joins(x, [parameters[0], parameters[1][:2], *parameters[2:]])
+    def joined(x, parameters, ends=False):
+        return joins(x, parameters, "tanh", ends)
+
+    x, *parameters = operands("float32", widths=(4, 3, 6, 2, 5, 4, 3, 6, 2))
+    assert joined(x, parameters)
+    assert joined(x, parameters, ends=True)
+    assert joined(gg.tensor(np.ones((3, 0, 4), "float32")), parameters)
+    assert not joined(x, parameters[:-2])  # one less
+    assert not joined(x.to("float64"), parameters)
+    assert not joined(x, parameters[2:])
+    assert not joined(x.to("float16"), [p.to("float16") for p in parameters])
+    assert not joined(gg.tensor(np.float32(1.0)), parameters)
+    assert not joined(x.numpy(), parameters)
+    assert not joined(x, [p.to("strict:device1") for p in parameters])
+    assert not joined(x.to("strict:device1"), [p.to("strict:device1") for p in parameters])
+    assert not joined(x, [parameters[0], parameters[1][:2], *parameters[2:]])
     with gg.use_kernels("off"):
-        assert not joins(x, parameters)
+        assert not joined(x, parameters)
     with gg.autocast("cpu"):
-        assert not joins(x, parameters)
+        assert not joined(x, parameters)
+
+
+def test_what_joins_of_large_layers():
+    def joined(*widths, rows=128):
+        x, *parameters = operands("float32", rows=rows, widths=widths)
+        return joins(x, parameters, "tanh", True)
+
+    assert joined(256, 256, 10) == bool(LARGEST)
+    assert not joined(64, 64, 10)  # little work
+    assert not joined(800, 800, 10)  # the squares of such a gradient are summed on the way
+    assert not joined(4, 4, 10, rows=1 << 20)  # more rows than a cache holds
 
 
 @pytest.mark.parametrize("which", [0, 1, 4])
