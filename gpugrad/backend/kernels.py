@@ -21,7 +21,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any, TypeVar
 
 from gpugrad.errors import KernelError, ParameterError
@@ -105,20 +105,26 @@ class Slot:
         self, generic: Callable[..., Any], m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The one choice: run a kernel, or ``generic``, which takes the same arguments."""
+        return self.choice(generic, m, args, kwargs)(m, *args, **kwargs)
+
+    def choice(
+        self, generic: Callable[..., Any], m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """What :meth:`run` runs; it would be the same for other operands that lie as these do."""
         mode = "auto"
         if gate:
             mode = _state.mode
         if mode == "off":
-            return self._generic(generic, m, args, kwargs, "kernels are switched off")
+            return self._generic(generic, "kernels are switched off")
         if mode == "auto" and getattr(args[0], "size", 0) < self.at_least:
-            return self._generic(generic, m, args, kwargs, f"fewer than {self.at_least} elements")
+            return self._generic(generic, f"fewer than {self.at_least} elements")
         refusals = []
         for kernel in self.kernels:
             why = kernel.refuse(m, *args, **kwargs)
             if why is None:
                 if gate and _state.log is not None:
                     _state.log.append(Choice(self.name, kernel.label, "operands fit"))
-                return kernel.run(m, *args, **kwargs)
+                return kernel.run
             refusals.append(f"{kernel.label}: {why}")
         reason = "; ".join(refusals)
         if mode == "require":
@@ -126,19 +132,37 @@ class Slot:
                 f"{self.name}: no kernel takes these operands ({reason}); change them, or allow "
                 'the generic text with use_kernels("auto")'
             )
-        return self._generic(generic, m, args, kwargs, reason)
+        return self._generic(generic, reason)
 
-    def _generic(
-        self,
-        generic: Callable[..., Any],
-        m: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        why: str,
-    ) -> Any:
+    def _generic(self, generic: Callable[..., Any], why: str) -> Callable[..., Any]:
         if gate and _state.log is not None:
             _state.log.append(Choice(self.name, "generic", why))
-        return generic(m, *args, **kwargs)
+        return generic
+
+
+class Settled:
+    """A function with a slot that always gets operands that lie alike: the first choice holds.
+
+    Parameters
+    ----------
+    name:
+        The slot.
+    generic:
+        As in :func:`fusible`.
+    """
+
+    def __init__(self, name: str, generic: Callable[..., Any]) -> None:
+        self.name = name
+        self.generic = generic
+        self.chosen: Callable[..., Any] | None = None
+
+    def __call__(self, m: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = self.chosen
+        if chosen is None:
+            slot = m.slots.get(self.name)
+            chosen = self.generic if slot is None else slot.choice(self.generic, m, args, kwargs)
+            self.chosen = chosen
+        return chosen(m, *args, **kwargs)
 
 
 def slots(package: str, families: Mapping[str, tuple[int, tuple[str, ...]]]) -> dict[str, Slot]:
@@ -170,6 +194,7 @@ def fusible(generic: F, name: str | None = None) -> F:
             return generic(m, *args, **kwargs)
         return slot.run(generic, m, args, kwargs)
 
+    chosen.settled = partial(Settled, key, generic)  # type: ignore[attr-defined]
     return chosen  # type: ignore[return-value]
 
 
@@ -248,6 +273,11 @@ class note_choices:
     def __exit__(self, *_: object) -> None:
         _state.log = self._before
         gate.pop()
+
+
+def is_noted() -> bool:
+    """Whether this thread keeps a list of choices."""
+    return _state.log is not None
 
 
 def note(choice: Choice) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import update_wrapper
 from typing import Any
 
-from gpugrad.backend import on_register
+from gpugrad.backend import SPACES, kernels, on_register
 from gpugrad.backend.kernels import kernel_mode
 from gpugrad.core import calls, codegen, modes
 from gpugrad.core.autocast import current_autocast
@@ -102,8 +102,10 @@ class Compiled:
         for x in leaves:
             if isinstance(x, Tensor):
                 data = x.data
-                found.append((data.__class__, data.shape, data.dtype, x._node is None))
-                if not x.backend.on_host:
+                kind = data.__class__
+                strides = getattr(data, "strides", None)
+                found.append((kind, data.shape, data.dtype, strides, x._node is None))
+                if not SPACES[kind].on_host:
                     found.append(x.device)
             else:
                 try:
@@ -183,7 +185,13 @@ class Compiled:
 
 def _looked_at() -> bool:
     """Whether somebody is to see each operation, which a program would hide."""
-    return bool(calls.told or codegen.watching or on_walk or (modes.gate and modes.keeps_results()))
+    return bool(
+        calls.told
+        or codegen.watching
+        or on_walk
+        or (modes.gate and modes.keeps_results())
+        or (kernels.gate and kernels.is_noted())
+    )
 
 
 def _skeleton(tree: Any) -> Any:
@@ -220,8 +228,9 @@ def compile(function: Callable[..., Any]) -> Compiled:
     -------
     A :class:`Compiled`, which is called like the function. Its `text` is the program as Python.
 
-    Arguments are of one kind when their shapes, dtypes and devices are equal, and those that are no
-    tensors are; each kind has a program of its own. So has each mode: of modules (`train`, `eval`),
+    Arguments are of one kind when their shapes, dtypes, devices and orders in memory are equal, and
+    those that are no tensors are; each kind has a program of its own. So has each mode: of modules
+    (`train`, `eval`),
     `no_grad`, `autocast`, `use_kernels`. What Python does else is not done again: prints, counters,
     `if`. While modules have hooks, or somebody watches (`explain`, `detect_anomaly`, a `Monitor` in
     the steps that it records), the function runs as it is.

@@ -10,14 +10,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gpugrad.backend import SPACES, Array, bind
+from gpugrad.backend.kernels import Settled
 from gpugrad.core import graph
 from gpugrad.core.codegen import implement, normalise
-from gpugrad.core.graph import FREED, HOOKED, MANY, Node, Pick, destination, mutations, next_seq
+from gpugrad.core.graph import (
+    FREED,
+    HOOKED,
+    MANY,
+    Bundle,
+    Node,
+    Pick,
+    destination,
+    mutations,
+    next_seq,
+)
 from gpugrad.core.nodes import compiled
-from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, is_ours
+from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, Rule, is_ours
 from gpugrad.core.rules import fit
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.core.trace import Name, Step, Trace, Write, source_of
@@ -53,6 +65,10 @@ class Program:
         self._arrays = [x.data for x in self.tensors]
         self._kinds = [_kind(x.data) for x in self.tensors]
         self.ends = writer.ends
+        #: The same, where none is an input.
+        self._fixed = [x for x in writer.ends if isinstance(x, Tensor)]
+        if len(self._fixed) < len(self.ends):
+            self._fixed = []
         self.differentiable = writer.differentiable
         self.kept = writer.kept
         self.text = writer.text
@@ -81,7 +97,7 @@ class Program:
         arrays, kept = self.forward(*[x.data for x in inputs])
         if self.backward is None:
             return [tensor_of(x) for x in arrays]
-        node = Run(self, kept, [(inputs[x] if isinstance(x, int) else x)._node for x in self.ends])
+        node = Run(self, kept, [x._node for x in self._fixed or self._ends_of(inputs)])
         if self.differentiable == [0] and len(arrays) == 1:
             return [tensor_of(arrays[0], node)]
         return [
@@ -89,9 +105,23 @@ class Program:
             for i, x in enumerate(arrays)
         ]
 
+    def _ends_of(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [inputs[x] if isinstance(x, int) else x for x in self.ends]
+
 
 def _kind(x: Array) -> tuple[Any, ...]:
-    return type(x), x.shape, x.dtype
+    return type(x), x.shape, x.dtype, getattr(x, "strides", None)
+
+
+def _in_order(g: Any) -> Any:
+    """A gradient from outside, or several, as the choices of a program found them: in a row."""
+    if isinstance(g, dict):
+        return Bundle({i: _in_order(x) for i, x in g.items()})
+    flags = getattr(g, "flags", None)
+    if flags is None or flags.c_contiguous:
+        return g
+    space = SPACES[type(g)]
+    return space.xp.ascontiguousarray(g)
 
 
 _PROGRAM = Primitive("program", lambda m: None, "", ("inputs",), True, {}, outputs="many")
@@ -112,12 +142,12 @@ class Run(Node):
         self.seq = next_seq()
 
     def vjp(self, g: Any) -> Any:
-        return self.program.backward(g, [*self.kept], self.ends)
+        return self.program.backward(_in_order(g), [*self.kept], self.ends)
 
     def pop(self, g: Any) -> Any:
         back, kept, ends = self.program.backward, self.kept, self.ends
         self.clear()
-        return back(g, kept, ends)
+        return back(_in_order(g), kept, ends)
 
     def pull(self, g: Any, wrap: Callable[..., Any] | None) -> Any:
         """The pairs of parent and gradient, of arrays only."""
@@ -254,7 +284,11 @@ class _Writer:
 
     def _add_step(self, lines: list[str], step: Step) -> None:
         made, kind = step.made, step.kind
-        found = made.implementations.get(kind) or implement(made, kind)
+        space = SPACES[kind]
+        if made.native is None and made.name in space.slots:
+            found = space.bind(partial(Settled(made.name, made.forward), space))
+        else:
+            found = made.implementations.get(kind) or implement(made, kind)
         values = [self._write(x) for x in step.operands]
         values += [f"{name}={self._write(x)}" for name, x in step.parameters.items()]
         call = f"{self._bound(made.name, found)}({', '.join(values)})"
@@ -383,7 +417,7 @@ class _Writer:
             lines.append(f"    if {' or '.join(f'{x} is not None' for x in known)}:")
         if made.joint is not None:
             values = self._values(step, node, made.joint.names, g)
-            call = self._bound(f"{made.name}_vjp", bind(made.joint.function))
+            call = self._rule(f"{made.name}_vjp", made.joint)
             body.append(f"    r = {call}({values})")
             others = not is_ours(made.forward)  # theirs may be None where one is needed
             for i, target in targets.items():
@@ -399,10 +433,14 @@ class _Writer:
                 if rule.function is PASS:
                     value = g
                 else:
-                    name = self._bound(f"{made.name}_vjp{i}", bind(rule.function))
+                    name = self._rule(f"{made.name}_vjp{i}", rule)
                     value = f"{name}({self._values(step, node, rule.names, g)})"
                 self._add_to(body, target, self._fitted(value, metas, i, False), perhaps)
         return lines + ([f"    {x}" for x in body] if perhaps else body)
+
+    def _rule(self, name: str, rule: Rule) -> str:
+        settled = getattr(rule.function, "settled", None)
+        return self._bound(name, bind(rule.function if settled is None else settled()))
 
     def _fitted(self, value: str, metas: Any, i: int, perhaps: bool) -> str:
         if metas is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -642,16 +643,14 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
     gradient there.
     """
     shared = {id(x) for x in given}
-    arrived = []
-    for found, mine in ((owned, True), (borrowed, False)):
+    for found in (owned, borrowed):
         for leaf, g in found.items():
             if leaf.extra is not None and leaf.extra.hooks:
                 tensor = through_hooks(leaf.extra.hooks, as_tensor(g))
-                g = tensor if isinstance(g, Tensor) else tensor.data
+                found[leaf] = tensor if isinstance(g, Tensor) else tensor.data
                 shared.add(id(tensor.data))  # the hooks may have kept it
-            arrived.append((leaf, g, mine))
     with _depositing:  # only now: a hook that raises changes nothing
-        for leaf, g, mine in arrived:
+        for leaf, g in chain(owned.items(), borrowed.items()):
             recorded = isinstance(g, Tensor)
             x = g.data if recorded else g
             leaf.squares = None
@@ -666,7 +665,7 @@ def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array,
                         leaf.grad = tensor_of(there)
                         continue
                 space = SPACES[type(x)]
-                if id(x) in shared or (not mine and space.is_view(x)):
+                if id(x) in shared or (leaf not in owned and space.is_view(x)):
                     if recorded:
                         g = differentiable.copy(g)
                     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from gpugrad.ops import updates
@@ -43,8 +43,15 @@ class UpdateRule:
 
     def state(self, group: Group) -> tuple[str, ...]:
         """Names of the arrays that are kept for a parameter of this group."""
-        kept = updates.RULES[self.rule].kept(self.flags(group))
-        return tuple(self.states[name] for name in kept)
+        return _names(self.rule, tuple(self.states.items()), tuple(self.flags(group).items()))
+
+
+@cache
+def _names(
+    rule: str, states: tuple[tuple[str, str], ...], flags: tuple[tuple[str, bool], ...]
+) -> tuple[str, ...]:
+    names = dict(states)
+    return tuple(names[name] for name in updates.RULES[rule].kept(dict(flags)))
 
 
 def _decays(group: Group) -> bool:

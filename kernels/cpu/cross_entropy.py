@@ -10,6 +10,7 @@ gradient are NaN.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -196,18 +197,21 @@ def _told(
     input: Array, target: Array, weight: Array | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Any, ...]:
     """What the functions of rows and tiles are told of the targets, beside the logits."""
-    wide = np.dtype(arithmetic(numpy_storage(input.dtype))).type
-    weight = np.empty(0, wide) if weight is None else np.ascontiguousarray(weight, wide)
-    classes = input.shape[1]
+    numbers = _numbers(input.dtype, input.shape[1], ignore_index, label_smoothing)
+    target = np.ascontiguousarray(target, np.int64).reshape(-1)
+    if weight is None:
+        return target, *numbers
+    none, *others, classes = numbers
+    weight = np.ascontiguousarray(weight, none.dtype)
+    return target, weight, *others, weight.sum() if weight.size else classes
+
+
+@lru_cache(256)
+def _numbers(dtype: Any, classes: int, ignore_index: int, label_smoothing: float) -> Any:
+    """What is told where there are no weights, in the type that is computed in."""
+    wide = np.dtype(arithmetic(numpy_storage(dtype))).type
     certain, spread = smoothing(label_smoothing, classes)
-    return (
-        np.ascontiguousarray(target, np.int64).reshape(-1),
-        weight,
-        np.int64(ignore_index),
-        wide(certain),
-        wide(spread),
-        wide(weight.sum() if weight.size else classes),
-    )
+    return np.empty(0, wide), np.int64(ignore_index), wide(certain), wide(spread), wide(classes)
 
 
 def class_cross_entropy(

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -246,7 +247,7 @@ def layers(
         y = kept[total - rows * known.outputs : total].reshape(shape)
     results = address(kept)
     told = results if loops.from_result else results + total * dtype.itemsize
-    room = empty((_room(known.widths, storage),), dtype)
+    room = empty((_room(known.widths.tobytes(), storage),), dtype)
     loops.forward[storage](
         rows, address(x), known.addresses, known.widths, results, told, address(y), ends,
         address(room), pool.get_num_threads(),
@@ -254,12 +255,11 @@ def layers(
     return y, kept
 
 
-def _room(widths: Array, storage: str) -> int:
+@lru_cache(1024)
+def _room(widths: bytes, storage: str) -> int:
     """Elements of the largest weight in panels."""
-    return max(
-        math.prod(packed_shape(inputs, outputs, storage))
-        for inputs, outputs in zip(widths.tolist(), widths[1:].tolist())
-    )
+    features = np.frombuffer(widths, np.int64).tolist()
+    return max(math.prod(packed_shape(*shape, storage)) for shape in pairwise(features))
 
 
 def layers_backward(
