@@ -99,6 +99,8 @@ class Config:
     dtype: str = _of("float32", "Of parameters.", choices=DTYPES)
     autocast: str = _of("off", "Narrow type that products compute in.", choices=AUTOCAST)
     recompute: bool = _of(False, "Compute blocks again on the way back, to save memory.")
+    compile: bool = _of(False, "Run the net as a program: the same numbers, sooner.",
+                        changeable=True)  # fmt: skip
     augment: bool = _of(False, "Shift pictures by up to two pixels and mirror them.")
     patience: int = _of(
         0, "Epochs without a better test loss after which to stop; 0 for never.", least=0,
@@ -115,6 +117,11 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self)[1:]:
             _check(f.name, getattr(self, f.name), f.metadata)
+        if self.compile and self.recompute:
+            raise ConfigError(
+                "--compile and --recompute: a program keeps what it needs for the way back; leave "
+                "one of the two out"
+            )
         if is_text(self.data) != (self.model in TEXT_MODELS):
             kinds = TEXT_MODELS if is_text(self.data) else IMAGE_MODELS
             raise ConfigError(

@@ -19,6 +19,7 @@ from gpugrad import ops as gg
 from gpugrad.cli.config import Config, ConfigError, option
 from gpugrad.cli.tasks import Task, task_of
 from gpugrad.core.autocast import autocast
+from gpugrad.core.compiling import compile
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Tensor
 from gpugrad.data.text import vocabulary_from
@@ -155,6 +156,7 @@ class Run:
         self.scaler = optim.GradScaler(enabled=config.autocast == "float16")
         # A generator of its own: the order of examples depends on nothing else that is drawn.
         self.loader = task.loader(config, device, Generator(config.seed))
+        self._forward = compile(self._loss_of) if config.compile else self._loss_of
         self._unread: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self.monitor: health.Monitor | None = None
 
@@ -275,10 +277,9 @@ class Run:
         for _ in range(count):
             inputs, labels = next(batches)
             with self._cast():
-                scores = self.net(inputs)
-                loss = self.task.loss(scores, labels, label_smoothing=config.label_smoothing)
+                loss, correct = self._forward(inputs, labels)
             self.scaler.scale(loss / count if count > 1 else loss).backward()
-            found.append((labels.size, loss.detach(), self.task.correct(scores.detach(), labels)))
+            found.append((labels.size, loss.detach(), correct))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         scaler = self.scaler if self.scaler.is_enabled() else None
@@ -288,6 +289,12 @@ class Run:
         norm = self.optimizer.last_norm
         assert norm is not None
         self._unread += [(*one, norm) for one in found]
+
+    def _loss_of(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and how many answers are right."""
+        scores = self.net(inputs)
+        loss = self.task.loss(scores, labels, label_smoothing=self.config.label_smoothing)
+        return loss, self.task.correct(scores.detach(), labels)
 
     def _cast(self) -> Any:
         narrow = self.config.autocast

@@ -199,6 +199,39 @@ def test_a_step_reads_nothing_from_the_device(options, tmp_path) -> None:
         batches.close()
 
 
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ("digits", {"model": "mlp", "width": 16, "norm": True, "health": True}),
+        ("digits", {"model": "cnn", "width": 4, "augment": True, "accumulate": 3}),
+        ("text", {"model": "lstm", "width": 8, "context": 16, "dropout": 0.2, "limit": 0.05}),
+        ("text", {"width": 8, "depth": 1, "heads": 2, "context": 16, "limit": 0.05,
+                  "dropout": 0.1, "autocast": "float16"}),
+    ],
+    ids=["mlp", "cnn", "lstm", "gpt"],
+)  # fmt: skip
+def test_a_compiled_run_is_the_same_run(data, options, tmp_path) -> None:
+    rows = []
+    for compiles in (False, True):
+        config = make_config(data, {**options, "epochs": 1, "compile": compiles})
+        run = start(config, task_of(config, None), "cpu", tmp_path / str(compiles))
+        watch = Silent()
+        assert run.train(watch)
+        rows.append([{k: v for k, v in row.items() if "second" not in k} for row in watch.rows])
+        if compiles:
+            assert run._forward.text.startswith("def forward(")
+    assert rows[0] == rows[1]
+    (arrays, state), (its_arrays, its) = (tensors(tmp_path / x) for x in ("False", "True"))
+    assert arrays == its_arrays
+    assert state.pop("config") == {**its.pop("config"), "compile": False}
+    assert state == its
+
+
+def test_a_compiled_run_keeps_what_it_computes() -> None:
+    with pytest.raises(ConfigError, match="--compile and --recompute"):
+        make_config("digits", {"model": "resnet", "compile": True, "recompute": True})
+
+
 # -- going on ------------------------------------------------------------------------------------
 
 
