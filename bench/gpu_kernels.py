@@ -304,25 +304,30 @@ def listening() -> Iterator[list[Call]]:
     """The kernels that the backends choose meanwhile."""
     from gpugrad.backend.kernels import Slot
 
-    usual = Slot.run
+    usual = Slot.choice
     calls: list[Call] = []
 
-    def run(self: Any, generic: Any, m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def noted(slot: Slot, run: Any, m: Any, *args: Any, **kwargs: Any) -> Any:
+        result = run(m, *args, **kwargs)
+        again = partial(run, m, *args, **kwargs)
+        moved = fewest_bytes(slot.name, args, kwargs, result)
+        work = operations(slot.name, args, kwargs, result)
+        calls.append(Call(slot.name, again, args, moved, work))
+        return result
+
+    def choice(
+        self: Slot, generic: Any, m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         for kernel in self.kernels:
             if kernel.refuse(m, *args, **kwargs) is None:
-                result = kernel.run(m, *args, **kwargs)
-                again = partial(kernel.run, m, *args, **kwargs)
-                moved = fewest_bytes(self.name, args, kwargs, result)
-                work = operations(self.name, args, kwargs, result)
-                calls.append(Call(self.name, again, args, moved, work))
-                return result
+                return partial(noted, self, kernel.run)
         return usual(self, generic, m, args, kwargs)
 
-    Slot.run = run  # type: ignore[method-assign]
+    Slot.choice = choice  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        Slot.run = usual  # type: ignore[method-assign]
+        Slot.choice = usual  # type: ignore[method-assign]
 
 
 def arrays_in(*values: Any) -> dict[int, int]:

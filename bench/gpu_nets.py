@@ -175,7 +175,7 @@ def batches(work: Workload, sizes: Sizes) -> list[tuple[Any, Any]]:
     return [work.data(random, sizes) for _ in range(BATCHES)]
 
 
-def with_gpugrad(work: Workload, sizes: Sizes, device: str) -> Step:
+def with_gpugrad(work: Workload, sizes: Sizes, device: str, compiled: bool = False) -> Step:
     """A step of gpugrad; nothing in it reads from the device."""
     import gpugrad as gg
 
@@ -188,13 +188,18 @@ def with_gpugrad(work: Workload, sizes: Sizes, device: str) -> Step:
             for x, t in batches(work, sizes)]  # fmt: skip
     number = 0
 
+    def loss_of(x: Any, target: Any) -> Any:
+        y = net(x)
+        return gg.nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape((-1,)))
+
+    run = gg.compile(loss_of) if compiled else loss_of
+
     def step() -> Any:
         nonlocal number
         x, target = data[number % BATCHES]
         number += 1
         optimizer.zero_grad()
-        y = net(x)
-        loss = gg.nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape((-1,)))
+        loss = run(x, target)
         loss.backward()
         optimizer.step(clip=CLIP)
         return loss.detach()

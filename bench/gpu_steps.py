@@ -48,6 +48,13 @@ def steps(notes: Notes, options: argparse.Namespace) -> None:
     rounds = 2 if options.small else 5 if options.quick else 15
     turns = taking_turns(device, {"gpugrad": ours}, rounds)
     report(notes, options.workload, turns, peaks, counts)
+    name = "gpugrad, compiled"
+    program = gpu_nets.with_gpugrad(work, sizes, options.device, compiled=True)
+    found = [float(program().item()) for _ in range(gpu_nets.BATCHES)]
+    notes.put(**{f"gap to {name}": max(abs(a - b) for a, b in zip(losses, found, strict=True))})
+    counts[name], peaks[name] = device.count(program), device.peak(program)
+    turns = taking_turns(device, {"gpugrad": ours, name: program}, rounds)
+    report(notes, options.workload, turns, peaks, counts, beside=name)
     fake = fake_counts() is not None
     try:
         torch = torch_device("cpu" if fake else options.device)

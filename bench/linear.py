@@ -15,6 +15,7 @@ HEADS = {"2×2×16×8": (2, 2, 16, 8), "4×4×64×32": (4, 4, 64, 32), "16×8×1
 #: Layers, units, rows.
 CHAINS = {"4 of 16, 8 rows": (4, 16, 8), "20 of 64, 64 rows": (20, 64, 64),
           "100 of 64, 64 rows": (100, 64, 64)}  # fmt: skip
+LARGE_CHAINS = {"2 of 256, 64 rows": (2, 256, 64), "4 of 512, 128 rows": (4, 512, 128)}
 
 
 def layer(random: Any, rows: int, inputs: int, outputs: int) -> tuple[list[Any], list[Any]]:
@@ -88,5 +89,13 @@ WORKLOADS: tuple[Workload, ...] = (
         moved=lambda layers, units, rows: 3 * layers * units * (units + rows),
         flops=lambda layers, units, rows: 6 * layers * units * units * rows,
         tolerance=2e-3,  # a hundred layers make differences grow
+    ),
+    kernel(
+        "chain of large layers", "the same, each divided among the threads",
+        sizes=LARGE_CHAINS, arrays=chain, ours=ours_chain, torch=torch_chain, plain=plain_chain,
+        covers=("kernels/cpu/wide",),
+        moved=lambda layers, units, rows: 3 * layers * units * (units + rows),
+        flops=lambda layers, units, rows: 6 * layers * units * units * rows,
+        tolerance=1e-3, variant=True,
     ),
 )  # fmt: skip

@@ -106,10 +106,10 @@ class Backend:
             return generic(*args, **kwargs)
 
         def choose(*args: Any, **kwargs: Any) -> Any:
-            # What `run` would find out for a small operand, without its calls.
+            # What `choice` would find out for a small operand, without its calls.
             if not gate and getattr(args[0], "size", 0) < slot.at_least:
                 return generic(*args, **kwargs)
-            return slot.run(without_space, self, args, kwargs)
+            return slot.choice(without_space, self, args, kwargs)(self, *args, **kwargs)
 
         return choose
 

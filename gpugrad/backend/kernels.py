@@ -1,7 +1,7 @@
 """Which implementation an operation gets: its generic text, or a fused kernel of the backend.
 
 An operation that a backend has kernels for has a *slot* there, under the operation's name. The
-choice is one function with one order, :meth:`Slot.run`:
+choice is one function with one order, :meth:`Slot.choice`:
 
 1. mode ``"off"``: the generic text;
 2. fewer elements than the slot is worth loading for: the generic text;
@@ -101,16 +101,13 @@ class Slot:
         """Whether there is a kernel for these operands."""
         return any(kernel.refuse(m, *args, **kwargs) is None for kernel in self.kernels)
 
-    def run(
-        self, generic: Callable[..., Any], m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The one choice: run a kernel, or ``generic``, which takes the same arguments."""
-        return self.choice(generic, m, args, kwargs)(m, *args, **kwargs)
-
     def choice(
         self, generic: Callable[..., Any], m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
-        """What :meth:`run` runs; it would be the same for other operands that lie as these do."""
+        """The one choice: a kernel's function, or ``generic``, for the same arguments.
+
+        It would be the same for other operands that lie as these do.
+        """
         mode = "auto"
         if gate:
             mode = _state.mode
@@ -192,7 +189,7 @@ def fusible(generic: F, name: str | None = None) -> F:
         slot = m.slots.get(key)
         if slot is None:
             return generic(m, *args, **kwargs)
-        return slot.run(generic, m, args, kwargs)
+        return slot.choice(generic, m, args, kwargs)(m, *args, **kwargs)
 
     chosen.settled = partial(Settled, key, generic)  # type: ignore[attr-defined]
     return chosen  # type: ignore[return-value]
