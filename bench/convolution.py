@@ -46,7 +46,7 @@ def convolution(
     return kernel(
         f"convolution, {name}",
         f"ReLU of {channels} channels of {places}×{places} to {outputs}",
-        sizes={f"{batch} images": (batch,) for batch in BATCHES},
+        sizes={f"{batch} image{'s' * (batch > 1)}": (batch,) for batch in BATCHES},
         arrays=partial(operands, channels, places, outputs, kernel_size, groups),
         ours=lambda gg, x, w, b: gg.nn.functional.conv2d(x, w, b, *options, activation="relu"),
         torch=lambda torch, x, w, b: torch.relu(torch.nn.functional.conv2d(x, w, b, *options)),
@@ -68,7 +68,7 @@ def images(random: Any, batch: int) -> tuple[list[Any], list[Any]]:
 def pooling(name: str, function: str, what: str, passes: float, jax: Any = None) -> Workload:
     return kernel(
         name, what,
-        sizes={f"{batch} images": (batch,) for batch in BATCHES},
+        sizes={f"{batch} image{'s' * (batch > 1)}": (batch,) for batch in BATCHES},
         arrays=images,
         ours=lambda gg, x: getattr(gg.nn.functional, function)(x, 2),
         torch=lambda torch, x: getattr(torch.nn.functional, function)(x, 2),
@@ -105,7 +105,7 @@ WORKLOADS: tuple[Workload, ...] = (
     convolution("4 groups", 128, 28, 128, 3, padding=1, groups=4),
     kernel(
         "transposed convolution", "64 channels of 14×14 to 32 of 28×28, 4×4, stride 2",
-        sizes={f"{batch} images": (batch,) for batch in BATCHES},
+        sizes={f"{batch} image{'s' * (batch > 1)}": (batch,) for batch in BATCHES},
         arrays=transposed,
         ours=lambda gg, x, w, b: gg.nn.functional.conv_transpose2d(x, w, b, 2, 1),
         torch=lambda torch, x, w, b: torch.nn.functional.conv_transpose2d(x, w, b, 2, 1),

@@ -110,14 +110,15 @@ def fail(made: Primitive, operands: Sequence[Any], error: Exception) -> NoReturn
         raise error
     if len({(SPACES[type(x)].name, SPACES[type(x)].device(x)) for x in arrays}) > 1:
         mixed(made, operands)
+    said = str(error).removesuffix(".")
     if isinstance(error, ValueError) and arrays:
         trouble = "operands do not fit together" if len(arrays) > 1 else "cannot take"
         raise ShapeError(
-            f"{made.name}: {trouble} ({met}): {error}. {_advice(made, arrays, error)}"
+            f"{made.name}: {trouble} ({met}): {said}. {_advice(made, arrays, error)}"
         ) from error
     if isinstance(error, TypeError) and arrays:
         raise DTypeError(
-            f"{made.name}: cannot take ({met}): {error}. Convert what does not fit with .to(dtype)"
+            f"{made.name}: cannot take ({met}): {said}. Convert what does not fit with .to(dtype)"
         ) from error
     error.add_note(f"gpugrad.{made.name}({met})")
     raise error
