@@ -12,7 +12,7 @@ from gpugrad.core import calls, codegen, modes
 from gpugrad.core.autocast import current_autocast
 from gpugrad.core.program import Program
 from gpugrad.core.tensor import Tensor
-from gpugrad.core.trace import Trace, active
+from gpugrad.core.trace import Trace, active, exact
 from gpugrad.core.tree import flatten
 from gpugrad.core.walk import on_walk
 from gpugrad.errors import CompileError
@@ -25,6 +25,12 @@ TRIES = 3
 
 #: Programs that are kept for arguments of one kind: in training and in evaluation mode, say.
 KEPT = 4
+
+#: Kinds of arguments that are known at a time; the one that came first goes first.
+KINDS = 128
+
+#: Stands for a tensor in the form of a result.
+_TENSOR = object()
 
 
 class _Kind:
@@ -81,6 +87,8 @@ class Compiled:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind()
+            if len(self._kinds) > KINDS:
+                del self._kinds[next(iter(self._kinds))]
         tensors = args if plain else [x for x in leaves if isinstance(x, Tensor)]
         for program, finish in kind.programs:
             if program.holds():
@@ -116,7 +124,7 @@ class Compiled:
                         "or values that can be compared and hashed (gg.asarray makes a tensor of "
                         "an array)"
                     ) from None
-                found.append((x.__class__, x))
+                found.append(exact(x))
         return found
 
     def _traced(self, kind: _Kind, leaves: Any, rebuild: Any) -> Any:
@@ -137,9 +145,10 @@ class Compiled:
             trace.result(y)
         before, kind.last = kind.last, (trace, others)
         if before is None:
+            trace.forget()
             return out
         difference = trace.difference(before[0])
-        if difference is None and before[1] != others:
+        if difference is None and exact(before[1]) != exact(others):
             difference = f"it returned {before[1]}, and then {others}"
         if difference is not None:
             kind.failed += 1
@@ -148,14 +157,17 @@ class Compiled:
                     f"compile: {self._name} does not do the same in every call: {difference}. What "
                     "changes from call to call must be an argument, or be computed by operations"
                 )
+            trace.forget()
             return out
         program = Program(trace, before[0], outputs)
+        simple = len(found) == 1 and found[0] is out
+        # What is kept of the result is its form: `found` is the list that `finish` holds on to.
+        found[:] = [_TENSOR if isinstance(x, Tensor) else x for x in found]
 
         def finished(results: list[Tensor]) -> Any:
             rest = iter(results)
-            return finish([next(rest) if isinstance(x, Tensor) else x for x in found])
+            return finish([next(rest) if x is _TENSOR else x for x in found])
 
-        simple = len(found) == 1 and found[0] is out
         kind.programs.insert(0, (program, (lambda results: results[0]) if simple else finished))
         del kind.programs[KEPT:]
         kind.last, kind.failed = None, 0

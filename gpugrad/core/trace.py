@@ -28,7 +28,7 @@ from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.core.walk import on_walk
 from gpugrad.errors import CompileError
 
-__all__ = ["Captured", "Name", "Step", "Trace", "Write", "active", "noticing"]
+__all__ = ["Captured", "Name", "Step", "Trace", "Write", "active", "exact", "noticing"]
 
 
 class Name(str):
@@ -39,6 +39,20 @@ class Name(str):
 
 #: A value as a program comes by it: a name, a constant, or a tuple, list or slice of such.
 Expression = Any
+
+
+def exact(value: Any) -> Any:
+    """What is equal to that of another value only if the two are the same.
+
+    1 is equal to True, 0.0 to -0.0, and NaN not to itself.
+    """
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(exact, value))
+    if isinstance(value, dict):
+        return tuple((k, exact(v)) for k, v in value.items())
+    if isinstance(value, slice):
+        return slice, exact((value.start, value.stop, value.step))
+    return type(value), repr(value) if isinstance(value, float | complex) else value
 
 
 @dataclass
@@ -75,7 +89,7 @@ class Step:
 
     def said(self) -> tuple[Any, ...]:
         """What must be the same in every call."""
-        return self.made.name, self.operands, self.parameters, self.shapes
+        return self.made.name, exact(self.operands), exact(self.parameters), self.shapes
 
 
 @dataclass
@@ -89,7 +103,7 @@ class Write:
 
     def said(self) -> tuple[Any, ...]:
         """What must be the same in every call."""
-        return "a change in place", self.target, self.index, self.value
+        return "a change in place", self.target, exact(self.index), exact(self.value)
 
 
 @dataclass
@@ -348,6 +362,16 @@ class Trace:
             space = SPACES[type(y.data)]
             copy = space.asarray(y.data, device=space.device(y.data), copy=True)
             self.captured[name].array = copy
+
+    def forget(self) -> None:
+        """Keep what the next trace is compared with, and none of what was computed."""
+        self.inputs.clear()
+        self._arrays.clear()
+        self.names.clear()
+        self.sources.clear()
+        for step in self.steps:
+            if isinstance(step, Step):
+                step.tensors, step.node = [], None
 
     def difference(self, earlier: Trace) -> str | None:
         """What the function did otherwise in an earlier call, or beside operations; or None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import textwrap
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import nn, optim
+from gpugrad.core import compiling
 from gpugrad.errors import CompileError, FreedGraphError, GraphError, InplaceError, OutOfRangeError
 from gpugrad.nn import functional as F
 from tests.backend.counting import counting
@@ -676,3 +678,37 @@ def test_compiled_twice_is_compiled_once() -> None:
     for _ in range(4):
         assert outer(gg.tensor(0.0)).item() == 0
     assert "tanh" in outer.text
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_call_is_kept() -> None:
+    w = leaf(*np.ones(5))
+    compiled = gg.compile(lambda x: {"y": gg.sin(gg.exp(x) * w)})
+    for shape in ((5,), (2, 5)):  # after one call of a kind, and after some
+        for _ in range(1 if shape == (5,) else 4):
+            x = gg.tensor(np.ones(shape))
+            y = compiled(x)["y"]
+            y.sum().backward()
+            seen = [weakref.ref(x.data), weakref.ref(y.data), weakref.ref(y)]
+            del x, y
+            gc.collect()
+            assert [there() for there in seen] == [None] * 3
+
+
+def test_not_more_than_some_kinds_are_known() -> None:
+    compiled = gg.compile(lambda x: x * 2)
+    for n in range(200):
+        compiled(gg.zeros(n))
+    assert len(compiled._kinds) == compiling.KINDS
+
+
+def test_equal_values_that_differ() -> None:
+    compiled = gg.compile(lambda x, n: (x * n, n))
+    for _ in range(4):
+        for n in (1, True, 1.0, 0.0, -0.0, float("nan")):
+            y, kept = compiled(gg.tensor([2.0]), n)
+            assert (type(kept), repr(kept)) == (type(n), repr(n))
+            assert repr(y.item()) == repr((gg.tensor([2.0]) * n).item())
+    assert len(compiled._kinds) == 6
