@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import update_wrapper
+from types import MethodType
 from typing import Any
 
 from gpugrad.backend import SPACES, kernels, on_register
@@ -29,6 +30,9 @@ KEPT = 4
 #: Kinds of arguments that are known at a time; the one that came first goes first.
 KINDS = 128
 
+#: What a function may return beside tensors.
+_VALUES = (bool, int, float, complex, str, bytes, type(None))
+
 #: Stands for a tensor in the form of a result.
 _TENSOR = object()
 
@@ -38,8 +42,9 @@ class _Kind:
 
     def __init__(self) -> None:
         self.programs: list[tuple[Program, Callable[[list[Any]], Any]]] = []
-        self.last: tuple[Trace, Any] | None = None
-        self.failed = 0
+        #: The last call in each state of modules, and how often one differed from that before.
+        self.last: dict[Any, tuple[Trace, Any]] = {}
+        self.failed: dict[Any, int] = {}
 
 
 _epoch = [0]
@@ -48,6 +53,10 @@ _epoch = [0]
 @on_register
 def _forget() -> None:
     _epoch[0] += 1
+
+
+#: Attributes that are not the function's.
+_OWN = ("function", "_name", "_kinds", "_epoch")
 
 
 class Compiled:
@@ -92,9 +101,12 @@ class Compiled:
         tensors = args if plain else [x for x in leaves if isinstance(x, Tensor)]
         for program, finish in kind.programs:
             if program.holds():
+                drawn = [generator.state for generator in program.generators]
                 try:
                     return finish(program.run(tensors))
                 except Exception:
+                    for generator, state in zip(program.generators, drawn):
+                        generator.state = state
                     self.function(*args, **kwargs)  # says best what is wrong
                     raise
         if plain:
@@ -130,7 +142,7 @@ class Compiled:
     def _traced(self, kind: _Kind, leaves: Any, rebuild: Any) -> Any:
         """Run the function as it is, and make a program when it has done the same twice."""
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        trace = Trace(self._name, tensors)
+        trace = Trace(self._name, self.function, tensors)
         fresh = iter(trace.inputs)
         args, kwargs = rebuild([next(fresh) if isinstance(x, Tensor) else x for x in leaves])
         with trace.taken():
@@ -139,25 +151,34 @@ class Compiled:
         others = [x for x in found if not isinstance(x, Tensor)]
         outputs = [x for x in found if isinstance(x, Tensor)]
         if trace.watched:
-            kind.last = None
+            kind.last.clear()
             return out
+        for x in others:
+            if not isinstance(x, _VALUES):
+                raise CompileError(
+                    f"compile: {self._name} returns a {type(x).__name__}; return tensors and plain "
+                    "values, in tuples, lists and dictionaries"
+                )
         for y in outputs:
             trace.result(y)
-        before, kind.last = kind.last, (trace, others)
-        if before is None:
-            trace.forget()
-            return out
-        difference = trace.difference(before[0])
-        if difference is None and exact(before[1]) != exact(others):
+        state = trace.state()
+        before = kind.last.get(state)
+        difference = None if before is None else trace.difference(before[0])
+        if before is not None and difference is None and exact(before[1]) != exact(others):
             difference = f"it returned {before[1]}, and then {others}"
-        if difference is not None:
-            kind.failed += 1
-            if kind.failed >= TRIES:
-                raise CompileError(
-                    f"compile: {self._name} does not do the same in every call: {difference}. What "
-                    "changes from call to call must be an argument, or be computed by operations"
-                )
+        if before is None or difference is not None or not trace.may_be_constant(before[0]):
             trace.forget()
+            kind.last[state] = trace, others
+            if len(kind.last) > KEPT:
+                del kind.last[next(iter(kind.last))]
+            if difference is not None:
+                kind.failed[state] = kind.failed.get(state, 0) + 1
+                if kind.failed[state] >= TRIES:
+                    raise CompileError(
+                        f"compile: {self._name} does not do the same in every call: {difference}. "
+                        "What changes from call to call must be an argument, or be computed by "
+                        "operations"
+                    )
             return out
         program = Program(trace, before[0], outputs)
         simple = len(found) == 1 and found[0] is out
@@ -170,7 +191,8 @@ class Compiled:
 
         kind.programs.insert(0, (program, (lambda results: results[0]) if simple else finished))
         del kind.programs[KEPT:]
-        kind.last, kind.failed = None, 0
+        del kind.last[state]
+        kind.failed.clear()
         return out
 
     @property
@@ -186,10 +208,24 @@ class Compiled:
             f"compile: {self._name} has no program yet; call it twice with arguments of one kind"
         )
 
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A method, where a function in a class was compiled."""
+        return self if instance is None else MethodType(self, instance)
+
     def __getattr__(self, name: str) -> Any:
         if name == "function":  # before there is one, while a copy is made
             raise AttributeError(name)
         return getattr(self.function, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN or name.startswith("__"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.function, name, value)
+
+    def __reduce__(self) -> Any:
+        """A copy has programs of its own."""
+        return Compiled, (self.function,)
 
     def __repr__(self) -> str:
         return f"<compiled {self.function!r}>"
@@ -208,10 +244,16 @@ def _looked_at() -> bool:
 
 def _skeleton(tree: Any) -> Any:
     """What a tree of arguments looks like without its leaves."""
-    if isinstance(tree, dict):
-        return dict, tuple((k, _skeleton(v)) for k, v in tree.items())
-    if isinstance(tree, tuple | list):
-        return type(tree), tuple(map(_skeleton, tree))
+    kind = type(tree)
+    if kind is dict:
+        return dict, tuple((exact(k), _skeleton(v)) for k, v in tree.items())
+    if isinstance(tree, tuple) or kind is list:
+        return kind, tuple(map(_skeleton, tree))
+    if isinstance(tree, dict | list):
+        raise CompileError(
+            f"compile: got a {kind.__name__}; arguments are nested in tuples, lists and "
+            "dictionaries of Python's own"
+        )
     return tree is None
 
 
@@ -241,11 +283,13 @@ def compile(function: Callable[..., Any]) -> Compiled:
     A :class:`Compiled`, which is called like the function. Its `text` is the program as Python.
 
     Arguments are of one kind when their shapes, dtypes, devices and orders in memory are equal, and
-    those that are no tensors are; each kind has a program of its own. So has each mode: of modules
-    (`train`, `eval`),
-    `no_grad`, `autocast`, `use_kernels`. What Python does else is not done again: prints, counters,
-    `if`. While modules have hooks, or somebody watches (`explain`, `detect_anomaly`, a `Monitor` in
-    the steps that it records), the function runs as it is.
+    those that are no tensors are; each kind has a program of its own. So has each mode (`train`,
+    `eval`, `no_grad`, `autocast`, `use_kernels`), and a module that gets another part, parameter or
+    setting gets another program. What else Python does is not done again: prints, counters, `if`,
+    names that come to mean something else. Where a tensor is used inside and outside, and more than
+    once inside, its gradients are added in another order. While modules have hooks, or somebody
+    watches (`explain`, `detect_anomaly`, a `Monitor` in the steps that it records), the function
+    runs as it is.
 
     Raises CompileError where a program could not do the same: the function looks at values
     (`item`, `if`), runs a backward pass or an optimiser, or computes with other means than

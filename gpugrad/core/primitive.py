@@ -136,6 +136,9 @@ class Primitive:
     reference: Callable[..., Any] | None = None
     function: Callable[..., Any] = field(init=False, repr=False)
     implementations: dict[type, Callable[..., Any]] = field(init=False, repr=False)
+    #: Whether the shape of the result depends on the values of an operand, or the name of the
+    #: parameter whose boolean arrays it depends on.
+    sized_by_values: bool | str = False
     #: The function's generated text, compiled at the first call.
     text: Any = field(default=None, init=False, repr=False)
 
@@ -243,6 +246,7 @@ def linear(
     transpose: Callable[..., Any],
     native: str | None = None,
     view: bool = False,
+    sized_by_values: bool | str = False,
     advice: str = "",
     samples: Sequence[Sample] | Callable[[], Sequence[Sample]] = (),
     reference: Callable[..., Any] | None = None,
@@ -250,10 +254,11 @@ def linear(
     """Declare a primitive that is linear in its one operand.
 
     ``transpose`` is its vjp rule; its jvp is the forward itself. ``view=True`` says that the result
-    may share the operand's memory. ``advice`` ends the message when shapes do not fit.
+    may share the operand's memory. ``sized_by_values`` and ``advice`` as for :func:`primitive`.
     """
     return _declare(rules=(transpose,), native=native, samples=samples, reference=reference,
-                    linear=True, view=view, advice=advice)  # fmt: skip
+                    linear=True, view=view, sized_by_values=sized_by_values,
+                    advice=advice)  # fmt: skip
 
 
 def primitive(
@@ -266,6 +271,7 @@ def primitive(
     view: bool = False,
     aux: Sequence[str] = (),
     outputs: int | str = 1,
+    sized_by_values: bool | str = False,
     advice: str = "",
     samples: Sequence[Sample] | Callable[[], Sequence[Sample]] = (),
     reference: Callable[..., Any] | None = None,
@@ -292,6 +298,9 @@ def primitive(
     outputs:
         Number of results, when the forward returns a tuple of several; ``"many"`` when it depends
         on the call. The joint rule's ``g`` is then a list with a gradient or None for each.
+    sized_by_values:
+        Whether the shape of the result depends on the values of an operand; or the name of the
+        parameter whose boolean arrays it depends on.
     advice:
         What to do about shapes that do not fit: the end of the error message.
     """
@@ -299,7 +308,8 @@ def primitive(
         raise DeclarationError("give vjps (a rule per operand) or vjp (one joint rule), not both")
     return _declare(rules=vjps, joint=vjp, jvps=jvps, native=native, samples=samples,
                     reference=reference, broadcasts=broadcasts, view=view, aux=tuple(aux),
-                    outputs=outputs, advice=advice)  # fmt: skip
+                    outputs=outputs, sized_by_values=sized_by_values,
+                    advice=advice)  # fmt: skip
 
 
 def _declare(

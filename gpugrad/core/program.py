@@ -14,16 +14,16 @@ from functools import partial
 from typing import Any
 
 from gpugrad.backend import SPACES, Array, bind
-from gpugrad.backend.kernels import Settled
+from gpugrad.backend.kernels import Settled, kernel_mode
 from gpugrad.core import graph
 from gpugrad.core.codegen import implement, normalise
 from gpugrad.core.graph import (
     FREED,
     HOOKED,
     MANY,
-    Bundle,
     Node,
     Pick,
+    check_alive,
     destination,
     mutations,
     next_seq,
@@ -32,7 +32,7 @@ from gpugrad.core.nodes import compiled
 from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, Rule, is_ours
 from gpugrad.core.rules import fit
 from gpugrad.core.tensor import Tensor, tensor_of
-from gpugrad.core.trace import Name, Step, Trace, Write, source_of
+from gpugrad.core.trace import Name, Step, Trace, Write, settings, source_of
 from gpugrad.errors import CompileError, GraphError
 
 __all__ = ["Program"]
@@ -58,7 +58,13 @@ class Program:
 
     def __init__(self, trace: Trace, earlier: Trace, outputs: Sequence[Tensor]) -> None:
         self.name = trace.name
-        self.modules = [(m, m.training) for m in trace.modules.values()]
+        self.modules = list(trace.modules.values())
+        self._settings = settings[0]
+        self.mode = kernel_mode()
+        self.generators = [generator for generator, _ in trace.draws]
+        for step in trace.steps:
+            if isinstance(step, Step) and step.node is not None:
+                check_alive(step.node)  # what a call changes in place after it was saved
         writer = _Writer(trace, earlier, outputs)
         self.tensors = writer.tensors
         self._leaves = [x._node is not None for x in self.tensors]
@@ -72,16 +78,19 @@ class Program:
         self.differentiable = writer.differentiable
         self.kept = writer.kept
         self.text = writer.text
-        scope = writer.scope
-        exec(compiled(self.text, f"<gpugrad program {trace.name}>"), scope)
-        self.forward: Callable[..., Any] = scope["forward"]
-        self.backward: Callable[..., Any] | None = scope.get("backward")
+        self.shapes = [tuple(y.shape) for y in outputs]
+        self._code = compiled(self.text, f"<gpugrad program {trace.name}>")
+        self._open = writer.scope | writer.open_rules
+        exec(self._code, writer.scope)
+        self.forward: Callable[..., Any] = writer.scope["forward"]
+        self.backward: Callable[..., Any] | None = writer.scope.get("backward")
 
     def holds(self) -> bool:
         """Whether modules and tensors from outside are as they were when it was made."""
-        for module, training in self.modules:
-            if module.training is not training or module._hooks:
+        if self._settings != settings[0]:
+            if any(state.differs() for state in self.modules):
                 return False
+            self._settings = settings[0]
         arrays = self._arrays
         for i, x in enumerate(self.tensors):
             if (x._node is not None) is not self._leaves[i]:
@@ -105,6 +114,15 @@ class Program:
             for i, x in enumerate(arrays)
         ]
 
+    def pull(self, g: Any, kept: list[Array], ends: list[Any]) -> Any:
+        """The way back. It has settled for kernels that suit what lies in a row, in its mode."""
+        assert self.backward is not None
+        if self.mode == kernel_mode() and _lies_in_a_row(g):
+            return self.backward(g, kept, ends)
+        if "backward" not in self._open:
+            exec(self._code, self._open)
+        return self._open["backward"](g, kept, ends)
+
     def _ends_of(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [inputs[x] if isinstance(x, int) else x for x in self.ends]
 
@@ -113,15 +131,12 @@ def _kind(x: Array) -> tuple[Any, ...]:
     return type(x), x.shape, x.dtype, getattr(x, "strides", None)
 
 
-def _in_order(g: Any) -> Any:
-    """A gradient from outside, or several, as the choices of a program found them: in a row."""
+def _lies_in_a_row(g: Any) -> bool:
+    """Whether a gradient from outside, or each of several, does."""
     if isinstance(g, dict):
-        return Bundle({i: _in_order(x) for i, x in g.items()})
+        return all(map(_lies_in_a_row, g.values()))
     flags = getattr(g, "flags", None)
-    if flags is None or flags.c_contiguous:
-        return g
-    space = SPACES[type(g)]
-    return space.xp.ascontiguousarray(g)
+    return flags is None or bool(flags.c_contiguous)
 
 
 _PROGRAM = Primitive("program", lambda m: None, "", ("inputs",), True, {}, outputs="many")
@@ -142,12 +157,12 @@ class Run(Node):
         self.seq = next_seq()
 
     def vjp(self, g: Any) -> Any:
-        return self.program.backward(_in_order(g), [*self.kept], self.ends)
+        return self.program.pull(g, [*self.kept], self.ends)
 
     def pop(self, g: Any) -> Any:
-        back, kept, ends = self.program.backward, self.kept, self.ends
+        pull, kept, ends = self.program.pull, self.kept, self.ends
         self.clear()
-        return back(_in_order(g), kept, ends)
+        return pull(g, kept, ends)
 
     def pull(self, g: Any, wrap: Callable[..., Any] | None) -> Any:
         """The pairs of parent and gradient, of arrays only."""
@@ -178,7 +193,8 @@ class Run(Node):
         return {}
 
     def metas(self) -> tuple[Any, ...] | None:
-        return None
+        shapes = self.program.shapes
+        return (*(None for _ in self.ends), shapes[0] if len(shapes) == 1 else tuple(shapes))
 
 
 class _Writer:
@@ -190,6 +206,8 @@ class _Writer:
             "destination": destination, "fit": fit, "plus": graph.plus, "joined": _joined,
             "into": _into, "normalise": normalise, "write": _write, "copy": _copy,
         }  # fmt: skip
+        #: Rules by name that choose among kernels anew in each call.
+        self.open_rules: dict[str, Any] = {}
         self._constants: dict[int, str] = {}
         self.tensors: list[Tensor] = []
         self._sources: dict[Name, Any] = {}
@@ -350,7 +368,7 @@ class _Writer:
     def _arrive(self, waiting: dict[int, Any], parent: Any, tensors: Sequence[Any]) -> str:
         """The variable of the gradient that a node of the graph gets."""
         index = ""
-        if isinstance(parent, Pick):
+        if isinstance(parent, Pick) and parent.seq > self.trace.since:
             index = f"_{parent.index}"
             parent = parent.p0
         if parent.seq > self.trace.since:
@@ -370,7 +388,12 @@ class _Writer:
 
     def _end(self, parent: Any, tensors: Sequence[Any]) -> Tensor | int:
         """The tensor whose node this is where the way back ends, or the number of an input."""
-        tensor = next(x for x in tensors if x is not None and x._node is parent)
+        tensor = next((x for x in tensors if x is not None and x._node is parent), None)
+        if tensor is None:
+            raise CompileError(
+                f"compile: {self.trace.name} gives a tensor another place in the graph (+= on one "
+                "that is recorded); write x = x + y"
+            )
         for i, x in enumerate(self.trace.inputs):
             if x is tensor or x._node is parent:
                 return i
@@ -440,7 +463,11 @@ class _Writer:
 
     def _rule(self, name: str, rule: Rule) -> str:
         settled = getattr(rule.function, "settled", None)
-        return self._bound(name, bind(rule.function if settled is None else settled()))
+        if settled is None:
+            return self._bound(name, bind(rule.function))
+        found = self._bound(name, bind(settled()))
+        self.open_rules[found] = bind(rule.function)
+        return found
 
     def _fitted(self, value: str, metas: Any, i: int, perhaps: bool) -> str:
         if metas is None:

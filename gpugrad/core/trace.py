@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import RLock, local
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from gpugrad.backend import SPACES, Array, Backend, is_array
 from gpugrad.core.autocast import NARROWS, cast_operands
 from gpugrad.core.codegen import intercepted, kind_of, lift, plain
 from gpugrad.core.graph import Pick, mutations, next_seq
-from gpugrad.core.primitive import Primitive
+from gpugrad.core.primitive import Primitive, differentiable
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.core.walk import on_walk
 from gpugrad.errors import CompileError
@@ -115,6 +115,8 @@ class Captured:
     place: str
     tensors: list[Tensor] = field(default_factory=list)
     written: bool = False
+    #: Whether it was made of no other array: zeros, a list of numbers.
+    made: bool = False
 
     def note(self, tensor: Tensor) -> None:
         """Add a tensor that has the array."""
@@ -134,10 +136,58 @@ noticing: list[Callable[[Any], AbstractContextManager[Any]]] = []
 #: Operations are intercepted for one trace at a time.
 _turn = RLock()
 
+#: How often an attribute of some module has been set.
+settings = [0]
+
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
+
+
+class State:
+    """The attributes of a module, to be compared with what they are later."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.values = dict(vars(owner))
+
+    def differs(self) -> str | None:
+        """The name of an attribute that is another one now, or None.
+
+        Numbers, strings and tuples are compared, and everything else by identity.
+        """
+        now = vars(self.owner)
+        for name in now.keys() ^ self.values.keys():
+            return str(name)
+        for name, value in now.items():
+            before = self.values[name]
+            if value is not before and not (
+                isinstance(value, _PLAIN) and exact(value) == exact(before)
+            ):
+                return str(name)
+        return None
+
+    def key(self) -> Any:
+        """What tells this state from others, for a dictionary."""
+        plain = ((k, exact(v)) for k, v in self.values.items() if isinstance(v, _PLAIN))
+        return id(self.owner), tuple(plain)
+
+
+def tell_made(x: Tensor) -> Tensor:
+    """`x`, a tensor that was made of no other array; a trace may take it for a constant."""
+    if _active.trace is not None:
+        _active.trace.made.add(id(x.data))
+        _active.trace.keep(x.data)
+    return x
+
 
 def active() -> bool:
     """Whether this thread's operations are being traced."""
     return _active.trace is not None
+
+
+def refuse(what: str, instead: str) -> NoReturn:
+    """Raise for what the function that is being traced does, and a program cannot."""
+    assert _active.trace is not None
+    _active.trace.refuse(what, instead)
 
 
 class Trace:
@@ -154,31 +204,37 @@ class Trace:
         What came from outside; what was done, in order; and which generators were asked for random
         numbers, with what they gave.
     modules:
-        Modules that were called, by identity.
+        Modules that were called or may be, by identity, and how they were.
     watched:
         Whether somebody has a hook there: then Python has to run each time.
     """
 
-    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, function: Any, tensors: Sequence[Tensor]) -> None:
         self.name = name
-        self.since = next_seq()
+        self.function = function
         self.names: dict[int, Name] = {}
         self.sources: dict[int, Name] = {}
         self._arrays: list[Array] = []  # kept, so that each identity stays its own
         self.captured: dict[Name, Captured] = {}
         self.steps: list[Step | Write] = []
         self.draws: list[tuple[Any, tuple[int, int]]] = []
-        self.modules: dict[int, Any] = {}
+        self.modules: dict[int, State] = {}
+        self.made: set[int] = set()
         self.watched = False
         self.inputs: list[Tensor] = []
+        self._found: list[tuple[Tensor, Array, Any]] = []  # tensors as they were when they came
         for i, x in enumerate(tensors):
-            array = SPACES[type(x.data)].xp.reshape(x.data, x.data.shape)
+            space = SPACES[type(x.data)]
+            array = space.bind(space.xp.reshape)(x.data, x.data.shape)
             self._call(array, Name(f"x{i}"))
-            self.inputs.append(tensor_of(array, x._node))
+            # A node of its own, too, where there is one.
+            twin = tensor_of(array, None if x._node is None else differentiable.identity(x)._node)
+            self.inputs.append(twin)
+            self._found.append((twin, twin.data, twin._node))
+        self.since = next_seq()
         self._results = 0
-        self._inside = False
-        self._changed = 0
-        self._unseen = False
+        self._inside = self._writing = False
+        self._trouble: str | None = None
 
     # -- while the function runs ----------------------------------------------------------------
 
@@ -188,19 +244,37 @@ class Trace:
         with _turn, ExitStack() as stack:
             stack.enter_context(intercepted(_around))
             stack.enter_context(self._instead(Tensor, "_write", _write))
+            stack.enter_context(self._instead(Tensor, "detach", _detach))
+            for name in ("mark", "mark_all"):
+                stack.enter_context(self._instead(type(mutations), name, _mark))
             for space in {SPACES[kind] for kind in SPACES if kind in SPACES[kind].types}:
                 stack.enter_context(self._instead(type(space), "to_host", _to_host))
             for notice in noticing:
                 stack.enter_context(notice(self))
             on_walk.append(self._refuse_walk)
             stack.callback(on_walk.remove, self._refuse_walk)
-            self._changed = mutations.last
             _active.trace = self
             try:
                 yield
             finally:
                 _active.trace = None
             self._look_for_changes()
+
+    def _look_for_changes(self) -> None:
+        """Find what the function has set, which a program would not set again."""
+        for state in self.modules.values():
+            if name := state.differs():
+                self._trouble = (
+                    f"it sets {name!r} of a {type(state.owner).__name__}; change the elements of a "
+                    "buffer in place (buffer[...] = value), or return the value"
+                )
+        for tensor, array, node in self._found:
+            if tensor.data is not array or tensor._node is not node:
+                self._trouble = (
+                    f"a tensor from outside, of shape {tensor.shape}, gets another array or place "
+                    "in the graph (.data =, requires_grad_, += on one that is recorded); return a "
+                    "new tensor"
+                )
 
     @staticmethod
     @contextmanager
@@ -235,11 +309,15 @@ class Trace:
             operands = cast_operands(made, operands)
         operands = [
             x if isinstance(x, Tensor) or type(x) in SCALARS else
-            tensor_of(lift(made, x, [y for y in operands if y is not x]))
+            tensor_of(self._lifted(made, x, [y for y in operands if y is not x]))
             for x in operands
         ]  # fmt: skip
+        if made.sized_by_values is True:
+            self.refuse(f"calls {made.name}", _NO_SIZE)
         place = _place()
         expressions = [self.expression(x, place) for x in operands]
+        if made.sized_by_values and _has_mask(parameters[str(made.sized_by_values)]):
+            self.refuse(f"takes elements by a boolean array ({made.name})", _NO_SIZE)
         written = {name: self.expression(value, place) for name, value in parameters.items()}
         self._note_draw(written)
         self._inside = True
@@ -265,6 +343,10 @@ class Trace:
         self.steps.append(step)
         return y
 
+    def _lifted(self, made: Primitive, x: Any, peers: list[Any]) -> Any:
+        array = lift(made, x, peers)
+        return array if is_array(x) else tell_made(tensor_of(array)).data
+
     def write(self, target: Tensor, index: Any, value: Any) -> None:
         """Note a change in place, which is about to be made."""
         place = _place()
@@ -274,23 +356,24 @@ class Trace:
         self.steps.append(
             Write(name, self.expression(index, place), self.expression(value, place), place)
         )
-        self._look_for_changes()
-
-    def written(self) -> None:
-        """Note that a change in place has been made."""
-        self._changed = mutations.last
-
-    def _look_for_changes(self) -> None:
-        self._unseen = self._unseen or mutations.last != self._changed
 
     def draw(self, generator: Any, pair: tuple[int, int]) -> None:
         """Note that a generator named a draw."""
         self.draws.append((generator, pair))
 
     def module(self, module: Any, watched: bool) -> None:
-        """Note that a module is called."""
-        self.modules[id(module)] = module
+        """Note that a module is called, or may be."""
+        if id(module) not in self.modules:
+            self.modules[id(module)] = State(module)
         self.watched = self.watched or watched
+
+    def keep(self, array: Array) -> None:
+        """Keep an array for the length of the trace."""
+        self._arrays.append(array)
+
+    def refuse(self, what: str, instead: str) -> NoReturn:
+        """Raise for what a program cannot do."""
+        raise CompileError(f"compile: {self.name} {what} at {_place()}; {instead}")
 
     def read(self) -> None:
         """Refuse to look at a value."""
@@ -330,6 +413,7 @@ class Trace:
             name = self._named(value.data, place)
             if name in self.captured:
                 self.captured[name].note(value)
+                self._found.append((value, value.data, value._node))
             return name
         if type(value) is tuple:
             return tuple(self.expression(x, place) for x in value)
@@ -345,7 +429,8 @@ class Trace:
     def _named(self, array: Array, place: str) -> Name:
         if id(array) not in self.names:
             name = Name(f"w{len(self.captured)}")
-            self.captured[name] = Captured(name, array, place)
+            made = id(array) in self.made
+            self.captured[name] = Captured(name, array, place, made=made)
             self._call(array, name)
         return self.names[id(array)]
 
@@ -363,8 +448,20 @@ class Trace:
             copy = space.asarray(y.data, device=space.device(y.data), copy=True)
             self.captured[name].array = copy
 
+    def state(self) -> Any:
+        """The modes of modules and the kinds of captured arrays: calls are alike if these are."""
+        modules = tuple(state.key() for state in self.modules.values())
+        kinds = tuple((x.array.shape, str(x.array.dtype)) for x in self.captured.values())
+        return modules, kinds
+
+    def digest(self) -> list[int]:
+        """Tells inputs from others by their elements."""
+        return [hash(SPACES[type(x.data)].to_host(x.data).tobytes()) for x in self.inputs]
+
     def forget(self) -> None:
         """Keep what the next trace is compared with, and none of what was computed."""
+        self.seen = self.digest()
+        self._found.clear()
         self.inputs.clear()
         self._arrays.clear()
         self.names.clear()
@@ -375,11 +472,10 @@ class Trace:
 
     def difference(self, earlier: Trace) -> str | None:
         """What the function did otherwise in an earlier call, or beside operations; or None."""
-        if self._unseen:
-            return (
-                "an array was changed in place by other means than indexing and +=; optimisers, "
-                "clipping and zero_grad belong outside of the function"
-            )
+        if self._trouble is not None:
+            return self._trouble
+        if [id(g) for g, _ in earlier.draws] != [id(g) for g, _ in self.draws]:
+            return "other generators of random numbers were asked; make them outside"
         for a, b in zip(earlier.steps, self.steps):
             if a.said() != b.said():
                 return f"at {b.place} there was {_told(a)}, and then {_told(b)}"
@@ -394,6 +490,15 @@ class Trace:
                     "made anew in each call by other means than operations"
                 )
         return None
+
+    def may_be_constant(self, earlier: Trace) -> bool:
+        """Whether what was equal in both calls does not follow from inputs that were equal, too."""
+        doubtful = any(
+            not found.made and source_of(earlier.captured[name], found) is found.array
+            and found.array is not earlier.captured[name].array
+            for name, found in self.captured.items()
+        )  # fmt: skip
+        return not doubtful or not self.inputs or earlier.seen != self.digest()
 
 
 def source_of(before: Captured, now: Captured) -> Tensor | Array | None:
@@ -417,7 +522,18 @@ def _equal(a: Array, b: Array) -> bool:
     if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
         return False
     space = SPACES[type(a)]
-    return bool(np.array_equal(space.to_host(a).view(), space.to_host(b).view()))
+    same = a.dtype.kind in "fc" if hasattr(a.dtype, "kind") else False
+    return bool(np.array_equal(space.to_host(a), space.to_host(b), equal_nan=same))
+
+
+_NO_SIZE = "how many there are depends on values, and a program has fixed shapes; use gg.where"
+
+
+def _has_mask(value: Any) -> bool:
+    """Whether a boolean array is among the values of a parameter."""
+    if isinstance(value, tuple | list):
+        return any(map(_has_mask, value))
+    return str(getattr(value, "dtype", "")).rpartition(".")[2] == "bool"
 
 
 def _told(step: Step | Write) -> str:
@@ -440,11 +556,31 @@ def _around(made: Primitive, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _write(found: Callable[..., Any], target: Tensor, name: str, index: Any, value: Any) -> None:
     trace = _active.trace
-    if trace is not None:
-        trace.write(target, index, value)
-    found(target, name, index, value)
-    if trace is not None:
-        trace.written()
+    if trace is None:
+        found(target, name, index, value)
+        return
+    trace.write(target, index, value)
+    trace._writing = True
+    try:
+        found(target, name, index, value)
+    finally:
+        trace._writing = False
+
+
+def _detach(found: Callable[..., Any], x: Tensor) -> Any:
+    if _active.trace is not None:
+        _active.trace.expression(x, _place())  # what is returned has its array, and not its place
+    return found(x)
+
+
+def _mark(found: Callable[..., Any], changes: Any, what: Any) -> Any:
+    trace = _active.trace
+    if trace is not None and not trace._writing:
+        trace._trouble = (
+            "an array was changed in place by other means than indexing and +=; optimisers, "
+            "clipping and zero_grad belong outside of the function"
+        )
+    return found(changes, what)
 
 
 def _to_host(found: Callable[..., Any], space: Backend, x: Array) -> Any:

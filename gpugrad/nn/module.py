@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from gpugrad.backend import as_dtype
+from gpugrad.core.compiling import Compiled
 from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import no_grad
 from gpugrad.core.tensor import Parameter, Tensor
-from gpugrad.core.trace import Trace, active, noticing
+from gpugrad.core.trace import Trace, active, noticing, settings
 from gpugrad.errors import GpugradError
 from gpugrad.nn.errors import ModuleError, StateDictError
 from gpugrad.nn.hooks import Watch
@@ -159,7 +160,17 @@ class Module:
                 f"{type(self).__name__}.{name} is a buffer and {type(value).__name__} is no "
                 "tensor; assign a tensor or None"
             )
+        if isinstance(value, Compiled) and isinstance(value.function, Module):
+            raise ModuleError(
+                f"{type(self).__name__}.{name} is a compiled module, whose parameters nobody would "
+                "find; assign the module, and compile the whole net"
+            )
+        settings[0] += 1
         object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        settings[0] += 1
+        object.__delattr__(self, name)
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """Make `param` the parameter `name`; None keeps the name for later."""
@@ -434,11 +445,17 @@ def _noticed(trace: Trace) -> Iterator[None]:
     plain = Module.__call__
 
     def call(self: Module, *args: Any, **kwargs: Any) -> Any:
-        if active() and id(self) not in trace.modules:
-            for module in self.modules():
-                trace.module(module, bool(module._hooks))
+        if active():
+            note(self)
         return plain(self, *args, **kwargs)
 
+    def note(module: Module) -> None:
+        if id(module) not in trace.modules:
+            for each in module.modules():
+                trace.module(each, bool(each._hooks))
+
+    for found in _mentioned(trace.function):
+        note(found)
     Module.__call__ = call  # type: ignore[method-assign]
     try:
         yield
@@ -447,6 +464,20 @@ def _noticed(trace: Trace) -> Iterator[None]:
 
 
 noticing.append(_noticed)
+
+
+def _mentioned(function: Any) -> Iterator[Module]:
+    """The modules that a function is, belongs to, or names."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    scope = getattr(function, "__globals__", {})
+    cells = getattr(function, "__closure__", None) or ()
+    values = [function, getattr(function, "__self__", None), *(scope.get(x) for x in names)]
+    for cell in cells:
+        try:
+            values.append(cell.cell_contents)
+        except ValueError:  # not set yet
+            continue
+    yield from (x for x in values if isinstance(x, Module))
 
 
 # -- errors that name the layer ------------------------------------------------------------------

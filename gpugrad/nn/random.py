@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpugrad.core.trace import Trace, active, noticing
+from gpugrad.core.trace import Trace, active, noticing, refuse
 from gpugrad.errors import ParameterError
 
 __all__ = ["Generator", "default_generator", "manual_seed"]
@@ -38,6 +38,11 @@ class Generator:
 
     def manual_seed(self, seed: int) -> Generator:
         """Start the stream of `seed`, an integer from 0 to 2**128 - 1, from its beginning."""
+        if active():
+            refuse(
+                "seeds a generator of random numbers",
+                "seed it outside; a program draws new numbers in each call",
+            )
         seed = operator.index(seed)
         if not 0 <= seed < 1 << 128:
             raise ParameterError(f"a seed is an integer from 0 to 2**128 - 1, got {seed}")

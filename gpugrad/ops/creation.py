@@ -12,6 +12,7 @@ from gpugrad.backend import Backend, backend_for_device
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, sample
 from gpugrad.core.tensor import Tensor, raw_index, tensor_of
+from gpugrad.core.trace import tell_made
 from gpugrad.errors import ParameterError, ShapeError
 from gpugrad.ops.manipulation import broadcast_arrays, reshape
 from gpugrad.ops.samples import normal
@@ -37,7 +38,7 @@ Shape = int | tuple[int, ...]
 def _made(name: str, *args: Any, dtype: Any, device: str | None, **kwargs: Any) -> Tensor:
     """A tensor from the library's own creation function, on ``device``."""
     space = backend_for_device(device or "cpu")
-    return tensor_of(space.create(name, *args, dtype=dtype, device=device, **kwargs))
+    return tell_made(tensor_of(space.create(name, *args, dtype=dtype, device=device, **kwargs)))
 
 
 @composite(samples=lambda: [sample((2, 3), smooth=False)])
@@ -168,7 +169,7 @@ def _like(name: str, x: Any, *args: Any, dtype: Any, device: str | None) -> Tens
     space: Backend = x.backend
     if device is None:
         options = {} if dtype is None else {"dtype": space.dtype(dtype)}
-        return tensor_of(getattr(space, name)(x.data, *args, **options))
+        return tell_made(tensor_of(getattr(space, name)(x.data, *args, **options)))
     return _made(name.removesuffix("_like"), x.shape, *args, dtype=dtype or x.dtype, device=device)
 
 

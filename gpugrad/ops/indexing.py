@@ -62,6 +62,7 @@ def _index_samples() -> list[Any]:
     transpose=lambda g, m, x_shape, index: m.scatter_add(g, index, x_shape),
     native="getitem",
     view=True,
+    sized_by_values="index",
     samples=_index_samples,
     reference=lambda x, index: np.asarray(x)[index],
 )
@@ -365,6 +366,7 @@ def searchsorted(m: Backend, x1: Array, x2: Array, /, side: str = "left") -> Arr
 @primitive(
     native="nonzero",
     outputs="many",
+    sized_by_values=True,
     samples=lambda: [sample([[0.0, 1.0], [2.0, 0.0]], smooth=False)],
 )
 def nonzero(m: Backend, x: Array, /) -> Array:

@@ -116,7 +116,7 @@ def layers_backward(
     return grads
 
 
-def _reference(x: Any, *parameters: Any, activation: str, ends: bool = False) -> Any:
+def _reference(x: Any, *parameters: Any, activation: str = "relu", ends: bool = False) -> Any:
     *pairs, last = zip(parameters[::2], parameters[1::2])
     for weight, bias in pairs:
         x = reference(x @ weight.T, bias, activation)

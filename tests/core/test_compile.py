@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import gc
+import pickle
 import textwrap
+import threading
 import tracemalloc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -712,3 +716,299 @@ def test_equal_values_that_differ() -> None:
             assert (type(kept), repr(kept)) == (type(n), repr(n))
             assert repr(y.item()) == repr((gg.tensor([2.0]) * n).item())
     assert len(compiled._kinds) == 6
+
+
+# -- whose gradient is whose -----------------------------------------------------------------------
+
+
+def test_gradients_of_one_tensor_for_two_arguments_and_then_two() -> None:
+    def function(a, b):
+        return gg.sum(gg.tanh(a) * b * b)
+
+    compiled = gg.compile(function)
+    x = leaf(0.3)
+    for _ in range(2):
+        compiled(x, x).backward()
+    found = []
+    for f in (function, compiled):
+        a, b = leaf(0.3), leaf(0.7)
+        f(a, b).backward()
+        found.append((a.grad.item(), b.grad.item()))
+    assert found[0] == found[1]
+
+
+def test_gradients_of_an_argument_that_is_also_outside() -> None:
+    w = leaf(2.0)
+    compiled = gg.compile(lambda x: gg.sum(x * w * w))
+    for _ in range(3):
+        compiled(w).backward()
+    w.grad, a = None, leaf(5.0)
+    compiled(a).backward()
+    assert (a.grad.item(), w.grad.item()) == (4, 20)
+
+
+def test_several_results_of_one_operation_as_arguments() -> None:
+    head = gg.compile(lambda a, b: gg.sum(a**2 * b))
+    for k in range(4):
+        x = leaf(1.0 + k, 2.0, 3.0, 4.0)
+        a, b = gg.split(x, 2)
+        head(a, b).backward()
+        assert x.grad.tolist() == [2 * (1 + k) * 3, 16, (1 + k) ** 2, 4]
+
+
+def test_results_of_one_program_in_another() -> None:
+    first = gg.compile(lambda x: (x * 2, gg.sin(x)))
+    second = gg.compile(lambda a, b: gg.sum(a * b))
+    for k in range(4):
+        x = leaf(0.5 + k)
+        second(*first(x)).backward()
+        want = leaf(0.5 + k)
+        gg.sum(want * 2 * gg.sin(want)).backward()
+        assert x.grad.item() == want.grad.item()
+
+
+def test_detached_from_outside_follows_its_tensor() -> None:
+    w = leaf(2.0)
+    compiled = ready(lambda x: x * w.detach(), gg.tensor([1.0]))
+    w.data = np.array([9.0])
+    assert compiled(gg.tensor([1.0])).item() == 9
+
+
+@pytest.mark.parametrize("mode", ["auto", "off", "require"])
+def test_gradients_in_any_order_in_memory_and_mode(mode) -> None:
+    gg.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(200, 300), nn.LayerNorm(300), nn.GELU()) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    pairs: list = [(nets[0], nets[0]), (nets[1], gg.compile(nets[1]))]
+    for step in range(5):
+        x = random(128, 200, seed=step)
+        for net, function in pairs:
+            net.zero_grad()
+            y = function(x)
+            with gg.use_kernels(mode if step > 3 else "auto"):
+                if step % 2:
+                    y.sum().backward()
+                else:
+                    y.backward(gg.tensor(np.asfortranarray(random(128, 300).numpy())))
+        for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+            assert np.array_equal(a.grad.numpy(), b.grad.numpy())
+
+
+# -- what else may change --------------------------------------------------------------------------
+
+
+def test_modes_in_turn() -> None:
+    gg.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    compiled = gg.compile(net)
+    x = gg.ones((2, 4), dtype="float32")
+    for i in range(9):
+        net.train(i % 2 == 0)
+        state = gg.nn.random.default_generator.state
+        y = compiled(x)
+        gg.nn.random.default_generator.state = state
+        assert np.array_equal(y.detach().numpy(), net(x).detach().numpy())
+    assert len(next(iter(compiled._kinds.values())).programs) == 2
+
+
+def test_parts_and_settings_of_modules() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    compiled = gg.compile(lambda x: net(x))
+    x = random(6, 4)
+
+    def check():
+        for _ in range(4):
+            state, kept = gg.nn.random.default_generator.state, net[1].running_mean.numpy().copy()
+            y, mean = compiled(x), net[1].running_mean.numpy().copy()
+            gg.nn.random.default_generator.state = state
+            net[1].running_mean[...] = gg.tensor(kept)
+            assert np.array_equal(y.detach().numpy(), net(x).detach().numpy())
+            assert np.array_equal(mean, net[1].running_mean.numpy())
+
+    check()
+    net[0].weight = nn.Parameter(random(4, 4, seed=1))
+    check()
+    net[2].p = 0.0
+    check()
+    net[1].momentum = 0.9
+    check()
+    net[0] = nn.Linear(4, 4)
+    check()
+
+
+def test_modules_that_are_not_called() -> None:
+    layer, switch = nn.Dropout(0.5), nn.Dropout(0.5)
+    x = gg.ones((4, 4))
+    for function, module in (
+        (layer.forward, layer), (lambda x: F.dropout(x, training=switch.training), switch),
+    ):  # fmt: skip
+        compiled = ready(function, x)
+        module.eval()
+        assert compiled(x).tolist() == x.tolist()
+
+
+def test_copies_have_programs_of_their_own() -> None:
+    net = nn.Linear(2, 2)
+    x = gg.ones((1, 2), dtype="float32")
+    compiled = ready(net, x)
+    for twin in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        with gg.no_grad():
+            for p in twin.parameters():
+                p[...] = 0.0
+        for _ in range(3):
+            assert twin(x).tolist() == [[0, 0]]
+    assert compiled(x).tolist() == net(x).tolist() != [[0, 0]]
+
+
+def test_methods() -> None:
+    class Net(nn.Module):
+        def __init__(self, k):
+            super().__init__()
+            self.k = k
+
+        @gg.compile
+        def forward(self, x):
+            return x * self.k
+
+    nets = Net(2.0), Net(3.0)
+    for _ in range(4):
+        assert [net(gg.tensor(1.0)).item() for net in nets] == [2, 3]
+    compiled = gg.compile(nets[0])
+    compiled.k = 5.0
+    assert [compiled(gg.tensor(1.0)).item() for _ in range(4)] == [5] * 4
+
+
+def test_values_that_happen_to_agree() -> None:
+    compiled = gg.compile(lambda x: x * gg.tensor(np.abs(x.data).max()))
+    x = gg.tensor([1.0, 2.0])
+    for _ in range(5):
+        assert compiled(x).tolist() == [2, 4]
+    with pytest.raises(CompileError, match="has no program yet"):
+        _ = compiled.text
+    with pytest.raises(CompileError, match="is made anew in each call"):
+        collections.deque((compiled(x * k) for k in range(5)), maxlen=0)
+
+
+def test_a_failed_run_draws_as_the_function_does() -> None:
+    table = random(4, 2)
+    compiled = gg.compile(lambda i: F.embedding(i, table) * F.dropout(gg.ones(2), 0.5))
+    for _ in range(3):
+        compiled(gg.tensor([0]))
+    before = gg.nn.random.default_generator.draws
+    with pytest.raises(OutOfRangeError):
+        compiled(gg.tensor([9]))
+    with pytest.raises(OutOfRangeError):
+        F.embedding(gg.tensor([9]), table)
+    assert gg.nn.random.default_generator.draws == before
+
+
+def test_changes_in_another_thread() -> None:
+    stop = threading.Event()
+
+    def change():
+        t = gg.zeros(3)
+        while not stop.is_set():
+            t += 1
+
+    other = threading.Thread(target=change)
+    other.start()
+    try:
+        for _ in range(20):
+            compiled = gg.compile(lambda x: gg.sum(gg.tanh(gg.exp(x * 2) + 1)))
+            for _ in range(5):
+                compiled(leaf(1.0, 2.0)).backward()
+    finally:
+        stop.set()
+        other.join()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_picture(count) -> None:
+    compiled = ready(lambda x: (x * 2, x * 3)[:count], leaf(1.0))
+    assert "program" in str(gg.graph(compiled(leaf(1.0))[0]))
+
+
+# -- what else cannot be a program -----------------------------------------------------------------
+
+buffer, kept = gg.zeros(1), nn.Identity()
+kept.n = gg.zeros(1)
+
+
+def assign(x):
+    buffer.data = (buffer * 0.5 + x).data
+    return buffer * x
+
+
+def remember(x):
+    y = x * 2
+    kept.n = y.detach()
+    return y
+
+
+def seed(x):
+    gg.manual_seed(0)
+    return F.dropout(x, 0.5)
+
+
+def collect(x):
+    class Out:
+        pass
+
+    out = Out()
+    out.loss = x * 2
+    return out
+
+
+def late(x):
+    y = gg.sum(x * buffer)
+    with gg.no_grad():
+        buffer.__iadd__(1.0)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x[x > 0], "takes elements by a boolean array .getitem. at test_compile"),
+        (lambda x: gg.nonzero(x)[0], "calls nonzero at test_compile.py.* fixed shapes; use gg.wh"),
+        (assign, "a tensor from outside, of shape .1,., gets another array"),
+        (lambda x: (kept(x), remember(x))[1], "sets 'n' of a Identity"),
+        (seed, "seeds a generator of random numbers at test_compile.*outside"),
+        (lambda x: F.dropout(x, 0.5, generator=nn.Generator(0)), "seeds a generator"),
+        (lambda x: x.requires_grad_() * 2, "gets another array or place in the graph"),
+        (collect, "returns a Out; return tensors and plain values"),
+        (lambda x: x.data, "returns a ndarray; return tensors"),
+    ],
+)  # fmt: skip
+def test_what_a_program_would_not_do_again(function, message) -> None:
+    compiled = gg.compile(function)
+    with pytest.raises(CompileError, match=message):
+        collections.deque((compiled(gg.tensor([1.0 + k])) for k in range(5)), maxlen=0)
+
+
+def test_a_change_in_place_of_what_the_way_back_needs() -> None:
+    with pytest.raises(InplaceError, match="backward of multiply: its saved array"):
+        call_often(late, leaf(1.0))
+
+
+def test_another_place_in_the_graph() -> None:
+    total = leaf(1.0, 2.0) * 1
+
+    def function(x):
+        t = total
+        t += x
+        return t * 1
+
+    with pytest.raises(CompileError, match="gets another array or place in the graph"):
+        call_often(function, leaf(1.0, 2.0))
+
+
+def test_compiled_modules_in_modules() -> None:
+    net = nn.Module()
+    with pytest.raises(nn.ModuleError, match="compiled module, whose parameters nobody would find"):
+        net.layer = gg.compile(nn.Linear(2, 2))
+
+
+def test_containers_of_others() -> None:
+    with pytest.raises(CompileError, match="got a OrderedDict; arguments are nested in tuples"):
+        gg.compile(lambda d: d["x"])(collections.OrderedDict(x=leaf(1.0)))
