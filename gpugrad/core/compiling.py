@@ -12,8 +12,9 @@ from gpugrad.backend.kernels import kernel_mode
 from gpugrad.core import calls, codegen, modes
 from gpugrad.core.autocast import current_autocast
 from gpugrad.core.program import Program
+from gpugrad.core.settings import exact
 from gpugrad.core.tensor import Tensor
-from gpugrad.core.trace import Trace, active, exact
+from gpugrad.core.trace import Trace, active
 from gpugrad.core.tree import flatten
 from gpugrad.core.walk import on_walk
 from gpugrad.errors import CompileError
@@ -275,8 +276,8 @@ def compile(function: Callable[..., Any]) -> Compiled:
     ----------
     function:
         Takes tensors, nested in tuples, lists and dictionaries, and other values that can be
-        hashed; returns tensors, nested likewise. Tensors from outside, such as the parameters of a
-        model, are used with the values that they have in each call.
+        hashed and do not change; returns tensors, nested likewise. Tensors from outside, such as
+        the parameters of a model, are used with the values that they have in each call.
 
     Returns
     -------

@@ -31,8 +31,9 @@ from gpugrad.core.graph import (
 from gpugrad.core.nodes import compiled
 from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, Rule, is_ours
 from gpugrad.core.rules import fit
+from gpugrad.core.settings import settings
 from gpugrad.core.tensor import Tensor, tensor_of
-from gpugrad.core.trace import Name, Step, Trace, Write, settings, source_of
+from gpugrad.core.trace import Name, Step, Trace, Write, source_of
 from gpugrad.errors import CompileError, GraphError
 
 __all__ = ["Program"]

@@ -24,11 +24,24 @@ from gpugrad.core.autocast import NARROWS, cast_operands
 from gpugrad.core.codegen import intercepted, kind_of, lift, plain
 from gpugrad.core.graph import Pick, mutations, next_seq
 from gpugrad.core.primitive import Primitive, differentiable
+from gpugrad.core.settings import State, exact
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
 from gpugrad.core.walk import on_walk
 from gpugrad.errors import CompileError
 
-__all__ = ["Captured", "Name", "Step", "Trace", "Write", "active", "exact", "noticing"]
+__all__ = [
+    "Captured",
+    "Name",
+    "Step",
+    "Trace",
+    "Write",
+    "active",
+    "instead",
+    "noticing",
+    "refuse",
+    "source_of",
+    "tell_made",
+]
 
 
 class Name(str):
@@ -39,20 +52,6 @@ class Name(str):
 
 #: A value as a program comes by it: a name, a constant, or a tuple, list or slice of such.
 Expression = Any
-
-
-def exact(value: Any) -> Any:
-    """What is equal to that of another value only if the two are the same.
-
-    1 is equal to True, 0.0 to -0.0, and NaN not to itself.
-    """
-    if isinstance(value, tuple | list):
-        return type(value), tuple(map(exact, value))
-    if isinstance(value, dict):
-        return tuple((k, exact(v)) for k, v in value.items())
-    if isinstance(value, slice):
-        return slice, exact((value.start, value.stop, value.step))
-    return type(value), repr(value) if isinstance(value, float | complex) else value
 
 
 @dataclass
@@ -136,39 +135,24 @@ noticing: list[Callable[[Any], AbstractContextManager[Any]]] = []
 #: Operations are intercepted for one trace at a time.
 _turn = RLock()
 
-#: How often an attribute of some module has been set.
-settings = [0]
 
-_PLAIN = (bool, int, float, complex, str, bytes, tuple, type(None))
+@contextmanager
+def instead(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Let `around(method, self, ...)` be called in the place of a method, inside the block."""
+    before = owner.__dict__.get(name)
+    found = getattr(owner, name)
 
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(found, self, *args, **kwargs)
 
-class State:
-    """The attributes of a module, to be compared with what they are later."""
-
-    def __init__(self, owner: Any) -> None:
-        self.owner = owner
-        self.values = dict(vars(owner))
-
-    def differs(self) -> str | None:
-        """The name of an attribute that is another one now, or None.
-
-        Numbers, strings and tuples are compared, and everything else by identity.
-        """
-        now = vars(self.owner)
-        for name in now.keys() ^ self.values.keys():
-            return str(name)
-        for name, value in now.items():
-            before = self.values[name]
-            if value is not before and not (
-                isinstance(value, _PLAIN) and exact(value) == exact(before)
-            ):
-                return str(name)
-        return None
-
-    def key(self) -> Any:
-        """What tells this state from others, for a dictionary."""
-        plain = ((k, exact(v)) for k, v in self.values.items() if isinstance(v, _PLAIN))
-        return id(self.owner), tuple(plain)
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def tell_made(x: Tensor) -> Tensor:
@@ -243,12 +227,12 @@ class Trace:
         """Take the trace of what this thread does inside the block."""
         with _turn, ExitStack() as stack:
             stack.enter_context(intercepted(_around))
-            stack.enter_context(self._instead(Tensor, "_write", _write))
-            stack.enter_context(self._instead(Tensor, "detach", _detach))
+            stack.enter_context(instead(Tensor, "_write", _write))
+            stack.enter_context(instead(Tensor, "detach", _detach))
             for name in ("mark", "mark_all"):
-                stack.enter_context(self._instead(type(mutations), name, _mark))
+                stack.enter_context(instead(type(mutations), name, _mark))
             for space in {SPACES[kind] for kind in SPACES if kind in SPACES[kind].types}:
-                stack.enter_context(self._instead(type(space), "to_host", _to_host))
+                stack.enter_context(instead(type(space), "to_host", _to_host))
             for notice in noticing:
                 stack.enter_context(notice(self))
             on_walk.append(self._refuse_walk)
@@ -275,24 +259,6 @@ class Trace:
                     "in the graph (.data =, requires_grad_, += on one that is recorded); return a "
                     "new tensor"
                 )
-
-    @staticmethod
-    @contextmanager
-    def _instead(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None]:
-        before = owner.__dict__.get(name)
-        found = getattr(owner, name)
-
-        def method(self: Any, *args: Any) -> Any:
-            return around(found, self, *args)
-
-        setattr(owner, name, method)
-        try:
-            yield
-        finally:
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
 
     def operation(self, made: Primitive, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, and note it."""

@@ -13,8 +13,9 @@ from gpugrad.core.compiling import Compiled
 from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import no_grad
+from gpugrad.core.settings import settings
 from gpugrad.core.tensor import Parameter, Tensor
-from gpugrad.core.trace import Trace, active, noticing, settings
+from gpugrad.core.trace import Trace, active, instead, noticing
 from gpugrad.errors import GpugradError
 from gpugrad.nn.errors import ModuleError, StateDictError
 from gpugrad.nn.hooks import Watch
@@ -442,12 +443,11 @@ def write(target: Tensor, value: Tensor) -> None:
 @contextmanager
 def _noticed(trace: Trace) -> Iterator[None]:
     """Tell a trace of the modules that are called, for the length of it."""
-    plain = Module.__call__
 
-    def call(self: Module, *args: Any, **kwargs: Any) -> Any:
+    def call(plain: Any, module: Module, *args: Any, **kwargs: Any) -> Any:
         if active():
-            note(self)
-        return plain(self, *args, **kwargs)
+            note(module)
+        return plain(module, *args, **kwargs)
 
     def note(module: Module) -> None:
         if id(module) not in trace.modules:
@@ -456,11 +456,8 @@ def _noticed(trace: Trace) -> Iterator[None]:
 
     for found in _mentioned(trace.function):
         note(found)
-    Module.__call__ = call  # type: ignore[method-assign]
-    try:
+    with instead(Module, "__call__", call):
         yield
-    finally:
-        Module.__call__ = plain  # type: ignore[method-assign]
 
 
 noticing.append(_noticed)

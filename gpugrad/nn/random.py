@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpugrad.core.trace import Trace, active, noticing, refuse
+from gpugrad.core.trace import Trace, active, instead, noticing, refuse
 from gpugrad.errors import ParameterError
 
 __all__ = ["Generator", "default_generator", "manual_seed"]
@@ -115,19 +115,15 @@ def manual_seed(seed: int) -> Generator:
 @contextmanager
 def _noticed(trace: Trace) -> Iterator[None]:
     """Tell a trace of the draws that generators name, for the length of it."""
-    plain = Generator.stream
 
-    def stream(self: Generator) -> tuple[int, int]:
-        pair = plain(self)
+    def stream(plain: Any, generator: Generator) -> Any:
+        pair = plain(generator)
         if active():
-            trace.draw(self, pair)
+            trace.draw(generator, pair)
         return pair
 
-    Generator.stream = stream  # type: ignore[method-assign]
-    try:
+    with instead(Generator, "stream", stream):
         yield
-    finally:
-        Generator.stream = plain  # type: ignore[method-assign]
 
 
 noticing.append(_noticed)
