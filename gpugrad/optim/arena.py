@@ -141,6 +141,8 @@ class Span:
         Whether parameters and gradients are in the buffers.
     states:
         The arrays of the state. Where parameters are narrow, their masters are the first.
+    settled:
+        What makes the common step of it, once that has been chosen.
     """
 
     arena: Arena
@@ -151,6 +153,7 @@ class Span:
     start: int
     inside: bool
     states: list[Array] = field(default_factory=list)
+    settled: Callable[..., Any] | None = None
     _large: list[Place] | None = None
     _left: tuple[list[Place], list[Array] | None] = field(default_factory=lambda: ([], None))
 
@@ -159,14 +162,23 @@ class Span:
 
         None where there is nothing known that would help.
         """
+        if not self.inside:
+            return None
+        total = 0.0
+        for place in self.places:
+            part: float | None = place.tensor._node.squares
+            if part is None:
+                break
+            total += part
+        else:
+            return total, []
         if self._large is None:
-            places = self.places if self.inside else []
-            self._large = [place for place in places if place.size >= NOTED]
+            self._large = [place for place in self.places if place.size >= NOTED]
         if not self._large:
             return None
         noted, total = [], 0.0
         for place in self._large:
-            part: float | None = place.tensor._node.squares
+            part = place.tensor._node.squares
             if part is not None:
                 noted.append(place)
                 total += part

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from gpugrad.backend import Array, Backend
+from gpugrad.backend import SPACES, Array, Backend
+from gpugrad.backend.kernels import gate
 from gpugrad.clip import GlobalNorm, check_bound, norm_of
-from gpugrad.clip.norms import cast, scalar_tensor
+from gpugrad.clip.norms import cast
 from gpugrad.core.graph import mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import DeviceError
@@ -59,21 +60,19 @@ class Report:
 
     Attributes
     ----------
-    norm, coefficient:
-        Of the latest step with a clip, 0-d tensors; None before, and the coefficient also where
-        there is none.
     clips:
         Steps that had a coefficient, a Python number.
     """
 
     def __init__(self) -> None:
-        self.norm: Tensor | None = None
-        self.coefficient: Tensor | None = None
         self.clips = 0
         self._found: Tensor | None = None
+        self._clip: tuple[Array, Array | None, type] | None = None
 
     def found(self, m: Backend, like: Array) -> Array:
         """What there is to know, see :data:`gpugrad.optim.flat.SKIPPED`, beside an array."""
+        if m.on_host and self._found is not None and self._found.backend is m:
+            return self._found.data
         device = m.device(like)
         if self._found is None:
             return m.create("zeros", 4, dtype="int64", device=device)
@@ -87,11 +86,20 @@ class Report:
 
     def note_clip(self, norm: Array, coefficient: Array | None, like: Array) -> None:
         """Keep the norm before clipping, and what the gradients were multiplied by."""
-        self.norm = scalar_tensor(norm, like)
-        self.coefficient = None
-        if coefficient is not None:
-            self.coefficient = scalar_tensor(coefficient, like)
-            self.clips += 1
+        self._clip = norm, coefficient, type(like)
+        self.clips += coefficient is not None
+
+    @property
+    def norm(self) -> Tensor | None:
+        """Of the latest step with a clip, a 0-d tensor; None before."""
+        return None if self._clip is None else _scalar(self._clip[0], self._clip[2])
+
+    @property
+    def coefficient(self) -> Tensor | None:
+        """What its gradients were multiplied by, likewise; None where there is no such number."""
+        if self._clip is None or self._clip[1] is None:
+            return None
+        return _scalar(self._clip[1], self._clip[2])
 
     def count(self, which: int) -> Tensor | None:
         """One of the counts, a 0-d tensor; None before the first."""
@@ -104,6 +112,10 @@ class Report:
             found[FIRST] = 0
             space, device = self._found.backend, self._found.device
             self._found = tensor_of(space.asarray(found, device=device))
+
+
+def _scalar(y: Array, kind: type) -> Tensor:
+    return tensor_of(y if type(y) is kind else SPACES[kind].asarray(y))
 
 
 @dataclass
@@ -151,16 +163,16 @@ def run_step(
     name_of: Callable[[int], str],
 ) -> None:
     """Update everything in a plan; the arguments are those of `Optimizer.step`."""
+    policy = None if scaler is not None else _common_policy(plan.spans, groups, clip, nonfinite)
+    if policy is not None:
+        (span,) = plan.spans
+        span.arena.space.bind(_run_common)(span.g, span, policy, groups, rule, report, nonfinite)
+        return
     shares = _shares(plan.spans, groups, clip)
     if nonfinite == "propagate" and scaler is not None:
         # What a loss scale is for; one that is switched off has no say.
         nonfinite = "skip" if getattr(scaler, "is_enabled", lambda: True)() else nonfinite
     looks = nonfinite != "propagate" or scaler is not None or any(s.policy for s in shares)
-    if looks and scaler is None and _is_common(shares, nonfinite):
-        (span,) = shares[0].spans
-        run = span.arena.space.bind(_run_common)
-        run(span.g, shares[0], groups, rule, report, nonfinite)
-        return
     places = {(s.arena.space.name, s.arena.device): s for s in plan.spans}
     if looks and len(places) > 1:
         met = ", ".join(f"{name} on {device}" for name, device in sorted(places))
@@ -179,32 +191,37 @@ def run_step(
         m.bind(step.run)(span.g, plan.steps if len(places) == 1 else _steps(here), looks)
 
 
-def _is_common(shares: Sequence[_Share], nonfinite: str) -> bool:
-    """Whether the step is one that :func:`flat_step` makes."""
-    (share, *others) = shares
-    return (
-        not others
-        and len(share.spans) == 1
-        and share.spans[0].arena.space.mutable
-        and nonfinite != "raise"
-        and isinstance(share.policy, GlobalNorm)
-        and share.policy.norm_type == 2
-    )
+def _common_policy(
+    spans: Sequence[Span], groups: Sequence[dict[str, Any]], clip: Any, nonfinite: str
+) -> GlobalNorm | None:
+    """What to clip by in a step that :func:`flat_step` makes; None if it is another one."""
+    if len(spans) != 1 or nonfinite == "raise":
+        return None
+    (span,) = spans
+    policy = groups[span.arena.group].get("clip", clip)
+    if isinstance(policy, int | float):
+        policy = _bounded(policy)
+    common = isinstance(policy, GlobalNorm) and policy.norm_type == 2 and span.arena.space.mutable
+    return policy if common else None
 
 
 def _run_common(
     like: Array,
-    share: _Share,
+    span: Span,
+    policy: GlobalNorm,
     groups: Sequence[dict[str, Any]],
     rule: UpdateRule,
     report: Report,
     nonfinite: str,
 ) -> None:
-    (span,) = share.spans
     m, group = span.arena.space, groups[span.arena.group]
     p, g, states = span.operands()
     measured = _known_norm(span)
-    norm, coefficient, found = flat_step(
+    run = flat_step
+    if not gate:  # nobody looks at the choice of a kernel, which is the same in every step
+        span.settled = span.settled or flat_step.settled()  # type: ignore[attr-defined]
+        run = span.settled
+    norm, coefficient, found = run(
         m,
         p,
         g,
@@ -212,7 +229,7 @@ def _run_common(
         count=span.step.data,
         found=report.found(m, like),
         base=span.arena.base + span.start,
-        bound=share.policy.max_norm,
+        bound=policy.max_norm,
         nonfinite=nonfinite,
         rule=rule.rule,
         flags=rule.flags(group),

@@ -18,11 +18,11 @@ from gpugrad.kernels.template import T, device
 
 __all__ = ["direct", "suits"]
 
-#: Products that are added up at a time: so many rows of a panel of B fit into the nearest cache.
-DEPTH = 256
+#: Products that are added up at a time: so many rows of a panel of B stay in a near cache.
+DEPTH = 512
 
 #: Rows of C that are worked on at a time, for which a panel is read once.
-STRIP = 4 * ROWS
+STRIP = 8 * ROWS
 
 #: Bytes of B up to which it stays in a cache while all strips go through it. With shorter vectors
 #: than these OpenBLAS is ahead.

@@ -21,7 +21,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, prange
+from numba import prange
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
@@ -36,9 +36,9 @@ from gpugrad.kernels.cpu.linear import (
     _sum_rows,
     _with_bias,
 )
-from gpugrad.kernels.cpu.memory import address, copy, pointer, size_of
+from gpugrad.kernels.cpu.memory import address, copy, matrix, size_of, vector
 from gpugrad.kernels.formula import formula
-from gpugrad.kernels.template import Placeholder, T, device, read, write
+from gpugrad.kernels.template import Placeholder, T, read, write
 from gpugrad.ops import formulas
 
 Array = np.ndarray[Any, Any]
@@ -51,18 +51,6 @@ PIECE = 16
 KEPT = 16
 
 df: Any = Placeholder("df")
-
-
-@device
-def matrix(at, rows, columns):
-    """The array of elements from an address on."""
-    return carray(pointer(at, T(0)), (rows, columns))
-
-
-@device
-def vector(at, n):
-    """The same with one axis."""
-    return carray(pointer(at, T(0)), (n,))
 
 
 @serial

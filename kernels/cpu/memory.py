@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import prange, types
+from numba import carray, prange, types
 from numba.extending import intrinsic
 
 from gpugrad.backend.scratch import empty
@@ -19,11 +19,13 @@ __all__ = [
     "channels_last",
     "clear",
     "copy",
+    "matrix",
     "places_inside",
     "pointer",
     "size_of",
     "turn",
     "turn_all",
+    "vector",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -52,6 +54,18 @@ def size_of(typing, like):
         return context.get_constant(types.int64, size)
 
     return types.int64(like), code
+
+
+@device
+def matrix(at, rows, columns):
+    """The array of elements from an address on."""
+    return carray(pointer(at, T(0)), (rows, columns))
+
+
+@device
+def vector(at, n):
+    """The same with one axis."""
+    return carray(pointer(at, T(0)), (n,))
 
 
 #: NumPy's C interface puts an array's address behind what each Python object begins with.

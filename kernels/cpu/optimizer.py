@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -253,20 +253,37 @@ def flat_update(
     """One step of an update rule, in place."""
     if skip is not None and skip:
         return (p, *states)
-    row = RULES[rule]
-    storage = numpy_storage(p.dtype)
-    kind = np.dtype(arithmetic(storage)).type
-    c = np.zeros(NUMBERS, kind)
-    c[0] = 1 if factor is None else factor
-    if row.prepare is not None:
-        made = row.prepare(np, kind(count), *(numbers[name] for name in row.prepares))
-        c[1 : 1 + len(made)] = made
-    at = 1 + len(row.made)
-    c[at : at + len(row.numbers)] = [numbers[name] for name in row.numbers]
-    one, blocks = loops(rule, tuple(flags[name] for name in row.flags), finite_only)
-    run = (one if p.size <= FEW * BLOCK else blocks)[storage]
-    run(*(storage_view(x.reshape(-1)) for x in (p, g, *states)), c)
+    way = _way(rule, tuple(flags.items()), finite_only, numpy_storage(p.dtype))
+    c = [1.0 if factor is None else factor]
+    if way.prepare is not None:
+        c += way.prepare(np, way.kind(count), *[numbers[name] for name in way.prepares])
+    c += [numbers[name] for name in way.numbers]
+    run = way.one if p.size <= FEW * BLOCK else way.blocks
+    run(*[storage_view(x.reshape(-1)) for x in (p, g, *states)], np.array(c + way.spare, way.kind))
     return (p, *states)
+
+
+class _Way(NamedTuple):
+    """An update rule's loops for arrays of one dtype, and how the numbers for them are come by."""
+
+    kind: Any
+    one: Any
+    blocks: Any
+    prepare: Any
+    prepares: tuple[str, ...]
+    numbers: tuple[str, ...]
+    spare: list[float]
+
+
+@cache
+def _way(name: str, flags: tuple[tuple[str, bool], ...], finite_only: bool, storage: str) -> _Way:
+    row, given = RULES[name], dict(flags)
+    one, blocks = loops(name, tuple(given[flag] for flag in row.flags), finite_only)
+    kind = np.dtype(arithmetic(storage)).type
+    spare = [0.0] * (NUMBERS - 1 - len(row.made) - len(row.numbers))
+    return _Way(
+        kind, one[storage], blocks[storage], row.prepare, row.prepares, row.numbers, spare
+    )
 
 
 # -- the step --------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.memory import address, pointer, size_of
 from gpugrad.kernels.cpu.microkernel import panel
 from gpugrad.kernels.cpu.optimizer import TINY
-from gpugrad.kernels.template import T
+from gpugrad.kernels.template import T, device
 
 __all__ = ["KERNELS", "weight_gradient"]
 
@@ -35,8 +35,8 @@ Array = np.ndarray[Any, Any]
 #: Elements of a result whose squares are worth adding up here.
 LEAST = NOTED
 
-#: Columns of a block: with the inputs that it takes it fits into a near cache.
-WIDTH = 256
+#: Columns of a block, about: with the inputs that it takes it fits into a near cache.
+WIDTH = 192
 
 
 @serial
@@ -51,35 +51,49 @@ def _double(c, n):
 
 @serial
 def _sum_squares(c, step, rows, n):
-    """Of rows of n elements, `step` apart: each in single precision, if it is long enough."""
+    """Of rows of n elements, `step` apart: each in single precision, if that suffices."""
     a = pointer(c, T(0))
     total = np.float64(0)
     for i in range(rows):
         part, first = T(0), i * step
         for j in range(n):
             part += a[first + j] * a[first + j]
-        # Too small or too great for single precision, or not finite, which it is in double, too.
-        total += part if TINY < part < np.inf else _double(c + first * size_of(T(0)), n)
+        total += np.float64(part)
+    if TINY < total < np.inf:
+        return total
+    # Too small or too great for single precision, or not finite, which it is in double, too.
+    total = np.float64(0)
+    for i in range(rows):
+        total += _double(c + i * step * size_of(T(0)), n)
     return total
 
 
+@device
+def units(m, n):
+    """Blocks that a result of m rows and n columns is computed in."""
+    return ((m + STRIP - 1) // STRIP) * ((n + WIDTH - 1) // WIDTH)
+
+
 @serial
-def _unit(unit, strips, g, x, out, rows, m, n, sums):
+def compute_unit(unit, g, x, out, rows, m, n, sums):
     """A block of the result, and its sum of squares."""
-    size = size_of(T(0))
-    strip, j = unit % strips, unit // strips * WIDTH
-    i, columns = m * strip // strips, min(WIDTH, n - j)
+    size, width = size_of(T(0)), panel()
+    strips, blocks = (m + STRIP - 1) // STRIP, (n + WIDTH - 1) // WIDTH
+    panels = (n + width - 1) // width
+    # Those strips follow each other that take the same columns of x.
+    strip, block = unit % strips, unit // strips
+    i, j = m * strip // strips, panels * block // blocks * width
     count = m * (strip + 1) // strips - i
+    columns = min(panels * (block + 1) // blocks * width, n) - j
     c = out + (i * n + j) * size
-    direct(count, columns, rows, g + i * size, 1, m, x + j * size, n, panel(), c, n, False)
+    direct(count, columns, rows, g + i * size, 1, m, x + j * size, n, width, c, n, False)
     sums[unit] = _sum_squares(c, n, count, columns)
 
 
 @parallel
-def _product(g, x, out, rows, m, n, strips, sums):
-    # Those strips follow each other that take the same columns of x.
+def _product(g, x, out, rows, m, n, sums):
     for unit in prange(sums.size):
-        _unit(unit, strips, g, x, out, rows, m, n, sums)
+        compute_unit(unit, g, x, out, rows, m, n, sums)
 
 
 def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | None) -> Array:
@@ -96,10 +110,9 @@ def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | 
     if weight_home is None or small or not in_order:
         return products.matmul(g.T, x, out)
     g, x = in_a_row(g), in_a_row(x)
-    strips = -(-features // STRIP)
-    sums = np.empty(strips * -(-inputs // WIDTH))
+    sums = np.empty(-(-features // STRIP) * -(-inputs // WIDTH))
     _product[numpy_storage(x.dtype)](
-        address(g), address(x), address(out), rows, features, inputs, strips, sums
+        address(g), address(x), address(out), rows, features, inputs, sums
     )
     total = float(np.add.reduce(sums))
     if math.isfinite(total):

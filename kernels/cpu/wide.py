@@ -22,6 +22,7 @@ from numba import prange
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
+from gpugrad.backend.memory import squares
 from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu import layers as small
 from gpugrad.kernels.cpu import pool
@@ -29,21 +30,20 @@ from gpugrad.kernels.cpu.bias import CHUNKS
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.direct import LARGEST, direct
 from gpugrad.kernels.cpu.elementwise import LABEL
-from gpugrad.kernels.cpu.gemm import GRAIN, STRIP
-from gpugrad.kernels.cpu.layers import matrix, vector
+from gpugrad.kernels.cpu.gemm import GRAIN
 from gpugrad.kernels.cpu.linear import (
+    STRETCH,
+    _add,
     _add_bias,
-    _backward_row,
-    _backward_rows,
     _beside,
     _in_place,
     _sum_rows,
 )
-from gpugrad.kernels.cpu.memory import address, size_of
+from gpugrad.kernels.cpu.memory import address, copy, matrix, size_of, vector
 from gpugrad.kernels.cpu.microkernel import pack_turned, packed_shape, panel
-from gpugrad.kernels.cpu.weight_gradient import LEAST
+from gpugrad.kernels.cpu.weight_gradient import LEAST, compute_unit, units
 from gpugrad.kernels.formula import formula
-from gpugrad.kernels.template import Placeholder, T, device
+from gpugrad.kernels.template import Placeholder, T, device, read, write
 
 __all__ = ["KERNELS", "layers", "layers_backward"]
 
@@ -52,21 +52,42 @@ Array = np.ndarray[Any, Any]
 #: Elements of a weight below which OpenBLAS is quicker, whatever the number of rows.
 NARROWEST = 1 << 10
 
+#: Rows that are worth being summed by themselves.
+PIECE = 16
+
+df: Any = Placeholder("df")
 finish_row: Any = Placeholder("finish_row")
+partial_row: Any = Placeholder("partial_row")
 
 
 @device
 def _part(side, part, parts):
     """Where a thread's part of so many rows or columns begins and ends: in whole panels."""
-    strips = (side + STRIP - 1) // STRIP
-    low, high = strips * part // parts, strips * (part + 1) // parts
-    return min(low * STRIP, side), min(high * STRIP, side)
+    width = panel()
+    panels = (side + width - 1) // width
+    low, high = panels * part // parts, panels * (part + 1) // parts
+    return min(low * width, side), min(high * width, side)
 
 
 @device
 def _parts(threads, work):
     """How many threads so many multiply-adds are worth."""
     return min(threads, max(1, work // GRAIN))
+
+
+@device
+def _chunks(rows):
+    """Stretches of rows that are summed by themselves, whatever the number of threads."""
+    return min(CHUNKS, (rows + PIECE - 1) // PIECE)
+
+
+@serial
+def _pack(weight, packed, low, high, inputs):
+    """Some rows of a weight, from the beginning of a panel on, as panels."""
+    size, width = size_of(T(0)), panel()
+    for j in range(low, high, width):
+        at = j * inputs * size
+        pack_turned(weight + at, inputs, min(width, high - j), inputs, packed + at, width)
 
 
 @serial
@@ -84,12 +105,13 @@ def _finish(z, bias, y, rows, low, high, outputs, activated):
 
 
 @serial
-def _layer(rows, inputs, outputs, source, packed, bias, z, y, activated, part, parts):
-    """One thread's part of a layer."""
+def _layer(rows, inputs, outputs, source, weight, packed, bias, z, y, activated, part, parts):
+    """One thread's part of a layer: columns of the result, whose weights it packs; or rows."""
     size, width = size_of(T(0)), panel()
     if outputs > rows:
         low, high = _part(outputs, part, parts)
         if low < high:
+            _pack(weight, packed, low, high, inputs)
             direct(rows, high - low, inputs, source, inputs, 1, packed + low * inputs * size,
                    width, inputs * width, z + low * size, outputs, False)  # fmt: skip
             _finish(z, bias, y, rows, low, high, outputs, activated)
@@ -112,98 +134,123 @@ def _forward(rows, x, table, widths, results, told, y, ends, room, threads):
         activated = k < layers - 1 or not ends
         z = told + before * size if activated else y
         out = results + before * size if activated else y
-        for p in prange((outputs + width - 1) // width):
-            pack_turned(weight + p * width * inputs * size, inputs, min(width, outputs - p * width),
-                        inputs, room + p * width * inputs * size, width)  # fmt: skip
+        if outputs <= min(rows, width):
+            _pack(weight, room, 0, outputs, inputs)
+        elif outputs <= rows:
+            for p in prange((outputs + width - 1) // width):
+                _pack(weight, room, p * width, min(p * width + width, outputs), inputs)
         parts = _parts(threads, rows * inputs * outputs)
         for part in prange(parts):
-            _layer(rows, inputs, outputs, source, room, bias, z, out, activated, part, parts)
+            _layer(rows, inputs, outputs, source, weight, room, bias, z, out, activated, part,
+                   parts)  # fmt: skip
         source = out
         before += rows * outputs
 
 
 @serial
-def _through(rows, outputs, g, told, gz, activated, total, chunk, chunks):
-    """What the activation makes of some rows of the gradient, and their sum."""
-    a, b = chunk * rows // chunks, (chunk + 1) * rows // chunks
-    part = np.zeros(outputs, T)
-    above = matrix(g, rows, outputs)
-    if activated:
-        _backward_rows(above, matrix(told, rows, outputs), matrix(gz, rows, outputs), part, total,
-                       a, b)  # fmt: skip
-    else:
-        _sum_rows(above, part, total, a, b)
+def _partial_row(g, told, total):
+    for j in range(g.size):
+        d = df(read(g, j), read(told, j))
+        write(g, j, d)
+        total[j] += d
 
 
 @serial
-def _add_to(total, part):
-    for j in range(total.size):
-        total[j] += part[j]
+def _through(width, a, b, low, high, g, told, total):
+    """What the activation makes of a block of the gradient, in its place; the sums of columns."""
+    size, n = size_of(T(0)), high - low
+    part, sums = np.zeros(n, T), total[low:high]
+    for first in range(a, b, STRETCH):
+        for i in range(first, min(first + STRETCH, b)):
+            at = (i * width + low) * size
+            partial_row(vector(g + at, n), vector(told + at, n), part)
+        _add(sums, part)
 
 
 @serial
-def _gradients(rows, inputs, outputs, gz, source, weight, gx, gw, part, parts):
-    """One thread's part of the gradients of a layer's input and of its weight, where wanted."""
-    size, width = size_of(T(0)), panel()
-    if gx != 0 and inputs > rows:
+def _below(rows, inputs, outputs, gz, weight, gx, told, totals, activated, part, parts):
+    """One thread's part of the gradient of a layer's input: columns of it, or rows.
+
+    Where an activation lies below, what that makes of the gradient takes its place.
+    """
+    size, width, chunks = size_of(T(0)), panel(), totals.shape[0]
+    if inputs > rows:
         low, high = _part(inputs, part, parts)
         if low < high:
             direct(rows, high - low, outputs, gz, outputs, 1, weight + low * size, inputs, width,
                    gx + low * size, inputs, False)  # fmt: skip
-    elif gx != 0:
-        low, high = _part(rows, part, parts)
-        if low < high:
-            direct(high - low, inputs, outputs, gz + low * outputs * size, outputs, 1, weight,
-                   inputs, width, gx + low * inputs * size, inputs, False)  # fmt: skip
-    if gw != 0 and inputs > outputs:
-        low, high = _part(inputs, part, parts)
-        if low < high:
-            direct(outputs, high - low, rows, gz, 1, outputs, source + low * size, inputs, width,
-                   gw + low * size, inputs, False)  # fmt: skip
-    elif gw != 0:
-        low, high = _part(outputs, part, parts)
-        if low < high:
-            direct(high - low, inputs, rows, gz + low * size, 1, outputs, source, inputs, width,
-                   gw + low * inputs * size, inputs, False)  # fmt: skip
+            if activated:
+                _through(inputs, 0, rows, low, high, gx, told, totals[0])
+    else:
+        low, high = chunks * part // parts, chunks * (part + 1) // parts
+        a, b = low * rows // chunks, high * rows // chunks
+        if a < b:
+            direct(b - a, inputs, outputs, gz + a * outputs * size, outputs, 1, weight, inputs,
+                   width, gx + a * inputs * size, inputs, False)  # fmt: skip
+            for chunk in range(low, high if activated else low):
+                _through(inputs, chunk * rows // chunks, (chunk + 1) * rows // chunks, 0, inputs,
+                         gx, told, totals[chunk])  # fmt: skip
+
+
+@serial
+def _bias(totals, home):
+    """The gradient of a bias, where it is wanted, and its sum of squares."""
+    squares = np.float64(0)
+    if home != 0:
+        total, gb = totals[0], vector(home, totals.shape[1])
+        for chunk in range(1, totals.shape[0]):
+            for j in range(total.size):
+                total[j] += totals[chunk, j]
+        for j in range(total.size):
+            gb[j] = total[j]
+            squares += np.float64(gb[j]) * np.float64(gb[j])
+    return squares
 
 
 @parallel
 def _backward(
-    rows, first, g, x, table, homes, widths, results, told, gz, gx, ends, room, threads
+    rows, first, g, x, table, homes, widths, results, told, gz, gx, ends, room, sums, threads
 ):  # fmt: skip
     size = size_of(T(0))
-    layers, above = table.shape[0], g
-    before = 0
-    for k in range(layers if not ends else layers - 1):
-        before += rows * widths[k + 1]
-    for step in range(layers - first):
-        k = layers - 1 - step
+    layers = table.shape[0]
+    k, outputs, chunks, before = layers - 1, widths[layers], _chunks(rows), 0
+    for i in range(layers if not ends else layers - 1):
+        before += rows * widths[i + 1]
+    totals = np.zeros((chunks, outputs))
+    here = g if ends else gz
+    if not ends:
+        before -= rows * outputs
+    for chunk in prange(chunks):
+        a, b = chunk * rows // chunks, (chunk + 1) * rows // chunks
+        if ends:
+            _sum_rows(matrix(g, rows, outputs), np.zeros(outputs, T), totals[chunk], a, b)
+        else:
+            copy(g + a * outputs * size, gz + a * outputs * size, (b - a) * outputs)
+            _through(outputs, a, b, 0, outputs, gz, told + before * size, totals[chunk])
+    # `here` is the gradient of what a layer's activation is applied to, and it goes from one of two
+    # places to the other.
+    spare = room
+    while True:
+        sums[k, 1] = _bias(totals, homes[k, 1])
         inputs, outputs = widths[k], widths[k + 1]
-        activated = k < layers - 1 or not ends
-        if activated:
-            before -= rows * outputs
-        # Gradients of results and of what activations are applied to, by turns.
-        here = gz if activated else above
-        chunks = min(CHUNKS, rows)
-        totals = np.zeros((chunks, outputs))
-        for chunk in prange(chunks):
-            _through(rows, outputs, above, told + before * size, here, activated, totals[chunk],
-                     chunk, chunks)  # fmt: skip
-        if homes[k, 1] != 0:
-            for chunk in range(1, chunks):
-                _add_to(totals[0], totals[chunk])
-            bias = vector(homes[k, 1], outputs)
-            for j in range(outputs):
-                bias[j] = totals[0, j]
-        source = x if k == 0 else results + (before - rows * inputs) * size
-        below = gx if k == 0 else room
-        if k == first and k > 0:
-            below = 0
+        before -= rows * inputs
+        source = x if k == 0 else results + before * size
+        below = spare if k > first else gx if k == 0 else 0
         parts = _parts(threads, rows * inputs * outputs)
+        totals = np.zeros((1 if inputs > rows else chunks, inputs))
+        squares = np.zeros(units(outputs, inputs) if homes[k, 0] != 0 else 0)
         for part in prange(parts):
-            _gradients(rows, inputs, outputs, here, source, table[k, 0], below, homes[k, 0], part,
-                       parts)  # fmt: skip
-        above = below
+            if below != 0:
+                _below(rows, inputs, outputs, here, table[k, 0], below, told + before * size,
+                       totals, k > first, part, parts)  # fmt: skip
+            for unit in range(squares.size * part // parts, squares.size * (part + 1) // parts):
+                compute_unit(unit, here, source, homes[k, 0], rows, outputs, inputs, squares)
+        sums[k, 0] = squares.sum()
+        if k == first:
+            return
+        spare = room if below == gz else gz
+        here = below
+        k -= 1
 
 
 class _Loops(NamedTuple):
@@ -219,11 +266,11 @@ def _loops(activation: str) -> _Loops:
     forward, partial = formula(activation), formula(f"{activation}_partial")
     from_result = partial.operands == ["g", "y"]
     row = (_in_place if from_result else _beside).bind(f=forward.plain)
-    rows = _backward_rows.bind(backward_row=_backward_row.bind(df=partial.plain))
+    through = _through.bind(partial_row=_partial_row.bind(df=partial.plain))
     return _Loops(
         from_result,
         _forward.bind(_layer=_layer.bind(_finish=_finish.bind(finish_row=row))),
-        _backward.bind(_through=_through.bind(_backward_rows=rows)),
+        _backward.bind(_through=through, _below=_below.bind(_through=through)),
     )
 
 
@@ -279,11 +326,15 @@ def layers_backward(
     told = results if loops.from_result else results + total * dtype.itemsize
     widest = int(known.widths.max())
     gz, room = empty((rows * widest,), dtype), empty((rows * widest,), dtype)
+    sums = np.empty((len(known.addresses), 2))
     loops.backward[numpy_storage(dtype)](
         rows, max(needs.index(True) - 1, 0) // 2, address(g), address(x), known.addresses,
         places, known.widths, results, told, address(gz), 0 if gx is None else address(gx), ends,
-        address(room), pool.get_num_threads(),
+        address(room), sums, pool.get_num_threads(),
     )  # fmt: skip
+    for home, total in zip(arrays_home[1:], sums.ravel().tolist()):
+        if home is not None and math.isfinite(total):
+            squares[id(home)] = total
     return [gx, *homes]
 
 
