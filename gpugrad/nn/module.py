@@ -11,6 +11,7 @@ import numpy as np
 from gpugrad.backend import as_dtype
 from gpugrad.core.compiling import Compiled
 from gpugrad.core.conversion import asarray, tensor
+from gpugrad.core.graph import Leaf
 from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import no_grad
 from gpugrad.core.settings import settings
@@ -397,7 +398,9 @@ class Module:
 def clear_grads(parameters: Iterator[Any], set_to_none: bool) -> None:
     """Forget gradients, or fill them with zeros."""
     for p in parameters:
-        if set_to_none or p.grad is None:
+        if type(p._node) is Leaf and set_to_none:  # the common case, without a property's price
+            p._node.grad = p._node.squares = None
+        elif set_to_none or p.grad is None:
             p.grad = None
         else:
             p.grad = p.grad.detach()

@@ -95,6 +95,9 @@ def known_norm(
     The greatest |g| is NaN, for it is not known. None if an element is not finite: then somebody
     has to look for the first.
     """
+    zero = np.int64(0)
+    if not left:
+        return np.float64(squares), np.float64(np.nan), zero, zero
     small = [g for g in left if g.size < NOTED]
     parts = [g for g in left if g.size >= NOTED]
     if small:
@@ -102,7 +105,6 @@ def known_norm(
     found = [flat_norm(m, g, finite_only=False) for g in parts]
     if any(bad for _, _, bad, _ in found):
         return None
-    zero = np.int64(0)
     return np.float64(squares) + sum(part for part, *_ in found), np.float64(np.nan), zero, zero
 
 

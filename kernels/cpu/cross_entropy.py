@@ -198,7 +198,8 @@ def _told(
 ) -> tuple[Any, ...]:
     """What the functions of rows and tiles are told of the targets, beside the logits."""
     numbers = _numbers(input.dtype, input.shape[1], ignore_index, label_smoothing)
-    target = np.ascontiguousarray(target, np.int64).reshape(-1)
+    if target.ndim != 1 or target.dtype != np.int64 or not target.flags.c_contiguous:
+        target = np.ascontiguousarray(target, np.int64).reshape(-1)
     if weight is None:
         return target, *numbers
     none, *others, classes = numbers
@@ -225,13 +226,16 @@ def class_cross_entropy(
 ) -> tuple[Array, ...]:
     """The loss; each row's greatest logit and sum of exponentials; the weight of all targets."""
     told = _told(input, target, weight, ignore_index, label_smoothing)
-    losses, largest, total, weights = of_rows = np.empty((4, target.size), told[1].dtype)
+    rows = told[0].size
+    losses, largest, total, weights = of_rows = np.empty((4, rows), told[1].dtype)
     _losses(1, input, more=(*told, *of_rows), result=False)
     y: Any = losses.reshape(target.shape) if reduction == "none" else np.add.reduce(losses)
     counted = np.add.reduce(weights)
     if reduction == "mean":
         y = y / counted
-    kept = (largest.reshape(target.shape), total.reshape(target.shape), np.asarray(counted))
+    if target.ndim != 1:
+        largest, total = largest.reshape(target.shape), total.reshape(target.shape)
+    kept = (largest, total, np.asarray(counted))
     return (np.asarray(y, input.dtype), *kept)
 
 
@@ -253,7 +257,10 @@ def class_cross_entropy_backward(
     above = np.asarray(g, told[1].dtype)
     if reduction == "mean":
         above = above / counted
-    above, largest, total = (np.ascontiguousarray(x).reshape(-1) for x in (above, largest, total))
+    above, largest, total = [
+        x if x.ndim == 1 and x.flags.c_contiguous else np.ascontiguousarray(x).reshape(-1)
+        for x in (above, largest, total)
+    ]
     each = np.int64(reduction == "none")
     return _gradients(1, input, more=(*told, above, each, largest, total))
 

@@ -17,7 +17,6 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
-from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,8 +197,12 @@ class _Tables:
     def of(self, arrays: Sequence[Array]) -> Any:
         key = id(arrays[0]), len(arrays)
         known = self._kept.get(key)
-        if known is not None and all(map(is_, arrays, [there() for there in known[0]])):
-            return known[1]
+        if known is not None:
+            for array, there in zip(arrays, known[0]):
+                if there() is not array:
+                    break
+            else:
+                return known[1]
         found = self._make(arrays)
         if found.lasts:
             if len(self._kept) >= KEPT:
@@ -221,6 +224,8 @@ class _Parameters(NamedTuple):
         After all layers together.
     largest:
         Elements of the largest weight.
+    key:
+        The widths, to look something up by.
     copies:
         What was copied, to lie in a row; there is then another address the next time.
     """
@@ -233,6 +238,7 @@ class _Parameters(NamedTuple):
     outputs: int = 0
     features: int = 0
     largest: int = 0
+    key: bytes = b""
     copies: tuple[Array, ...] = ()
 
     @property
@@ -261,6 +267,7 @@ def _find_parameters(arrays: Sequence[Array]) -> _Parameters:
         widths[-1],
         sum(widths[1:]),
         max(x.size for x in arrays[::2]),
+        np.array(widths, np.int64).tobytes(),
         tuple(row for row, x in zip(rows, arrays) if row is not x),
     )
 

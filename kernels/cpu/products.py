@@ -147,15 +147,19 @@ class _Rooms(threading.local):
 _rooms = _Rooms()
 
 
+def workspace(dtype: Any, size: int) -> Array:
+    """At least so many elements that this thread may write to until it asks for them again."""
+    have = _rooms.by_dtype[dtype]
+    if have.size < size:
+        have = _rooms.by_dtype[dtype] = empty((size,), dtype)
+    return have
+
+
 def _room(b: Array) -> Array:
     """Where a right operand may be packed, if its rows do not lie in a row."""
-    have = _rooms.by_dtype[b.dtype]
-    if b.strides[-1] == b.itemsize:
-        return have[:0]
-    wanted = b.shape[-2] * (b.shape[-1] + 2 * VECTOR)
-    if have.size < wanted and b.nbytes <= LARGEST:
-        have = _rooms.by_dtype[b.dtype] = empty((wanted,), b.dtype)
-    return have
+    if b.strides[-1] == b.itemsize or b.nbytes > LARGEST:
+        return _rooms.by_dtype[b.dtype][:0]
+    return workspace(b.dtype, b.shape[-2] * (b.shape[-1] + 2 * VECTOR))
 
 
 def _general(

@@ -301,6 +301,12 @@ class Loops:
             return empty(first.shape, first.dtype)
         last = first.ndim - 1
         axis %= first.ndim
+        if axis == last == 1 and all([x.flags.c_contiguous for x in operands]):  # the common case
+            laid = [storage_view(x) for x in operands]
+            out = empty(first.shape, first.dtype) if result else first
+            places = storage_view(out) if result else laid[0]
+            self.rows[numpy_storage(first.dtype)](laid[0], laid[-1], places, more)
+            return out
         length, inner = first.shape[axis], prod(first.shape[axis + 1 :])
         # Rows may lie one after the other although their axis is not the last: a transposed view.
         turned = operands if axis == last else [np.moveaxis(x, axis, last) for x in operands]

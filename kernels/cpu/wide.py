@@ -41,6 +41,7 @@ from gpugrad.kernels.cpu.linear import (
 )
 from gpugrad.kernels.cpu.memory import address, copy, matrix, size_of, vector
 from gpugrad.kernels.cpu.microkernel import pack_turned, packed_shape, panel
+from gpugrad.kernels.cpu.products import workspace
 from gpugrad.kernels.cpu.weight_gradient import LEAST, compute_unit, units
 from gpugrad.kernels.formula import formula
 from gpugrad.kernels.template import Placeholder, T, device, read, write
@@ -277,36 +278,71 @@ def _loops(activation: str) -> _Loops:
 # -- what the backend calls ------------------------------------------------------------------------
 
 
+class _Case(NamedTuple):
+    """What follows from shapes and from the activation.
+
+    Attributes
+    ----------
+    shape, rows:
+        Of the result.
+    results, kept:
+        Elements of all results that are kept, and of all that is.
+    told:
+        Bytes from these results to what the derivatives of the activation are told.
+    room:
+        Elements of the largest weight in panels.
+    beside:
+        Elements of all gradients of one layer's results, twice.
+    """
+
+    forward: Any
+    backward: Any
+    shape: tuple[int, ...]
+    rows: int
+    results: int
+    kept: int
+    told: int
+    room: int
+    beside: int
+
+
+@lru_cache(256)
+def _case(shape: tuple[int, ...], dtype: Any, widths: bytes, activation: str, ends: bool) -> _Case:
+    loops, storage = _loops(activation), numpy_storage(dtype)
+    _, *features = around = np.frombuffer(widths, np.int64).tolist()
+    rows = math.prod(shape[:-1])
+    results = rows * (sum(features) - features[-1] * ends)
+    return _Case(
+        loops.forward[storage],
+        loops.backward[storage],
+        (*shape[:-1], features[-1]),
+        rows,
+        results,
+        results if loops.from_result else 2 * results,
+        0 if loops.from_result else results * dtype.itemsize,
+        max(math.prod(packed_shape(*pair, storage)) for pair in pairwise(around)),
+        2 * rows * max(around),
+    )
+
+
 def layers(
     m: Backend, *arrays: Array, activation: str = "relu", ends: bool = False
 ) -> tuple[Array, Array]:
     """The forward, and what its backward is told."""
-    x, loops = arrays[0], _loops(activation)
-    known = small.parameters_of(arrays[1:])
-    shape = (*x.shape[:-1], known.outputs)
-    rows, dtype = math.prod(shape[:-1]), x.dtype
-    x = in_a_row(x)
-    y = empty(shape, dtype)
-    storage = numpy_storage(dtype)
-    total = rows * (known.features - known.outputs * ends)
-    kept = empty((total if loops.from_result else 2 * total,), dtype)
-    if not ends:  # the result is among what is kept
-        y = kept[total - rows * known.outputs : total].reshape(shape)
+    x = arrays[0]
+    dtype, known = x.dtype, small.parameters_of(arrays[1:])
+    case = _case(x.shape, dtype, known.key, activation, ends)
+    x, kept = in_a_row(x), empty((case.kept,), dtype)
+    if ends:
+        y = empty(case.shape, dtype)
+    else:  # the result is among what is kept
+        y = kept[case.results - case.rows * known.outputs : case.results].reshape(case.shape)
     results = address(kept)
-    told = results if loops.from_result else results + total * dtype.itemsize
-    room = empty((_room(known.widths.tobytes(), storage),), dtype)
-    loops.forward[storage](
-        rows, address(x), known.addresses, known.widths, results, told, address(y), ends,
-        address(room), pool.get_num_threads(),
+    case.forward(
+        case.rows, address(x), known.addresses, known.widths, results, results + case.told,
+        address(y), ends, address(workspace(dtype, case.room)), pool.get_num_threads(),
     )  # fmt: skip
     return y, kept
-
-
-@lru_cache(1024)
-def _room(widths: bytes, storage: str) -> int:
-    """Elements of the largest weight in panels."""
-    features = np.frombuffer(widths, np.int64).tolist()
-    return max(math.prod(packed_shape(*shape, storage)) for shape in pairwise(features))
 
 
 def layers_backward(
@@ -314,26 +350,22 @@ def layers_backward(
     needs: tuple[bool, ...], arrays_home: Sequence[Array | None],
 ) -> list[Array | None]:  # fmt: skip
     """Gradients of all operands that are needed."""
-    loops = _loops(activation)
     x, *parameters = arrays
-    known = small.parameters_of(parameters)
-    rows, dtype = math.prod(x.shape[:-1]), x.dtype
-    total = rows * (known.features - known.outputs * ends)
+    dtype, known = x.dtype, small.parameters_of(parameters)
+    case = _case(x.shape, dtype, known.key, activation, ends)
     gx = empty(x.shape, dtype) if needs[0] else None
     homes, places = small.homes_of(parameters, arrays_home[1:], needs[1:])
     x, g = in_a_row(x), in_a_row(g)
-    results = address(kept)
-    told = results if loops.from_result else results + total * dtype.itemsize
-    widest = int(known.widths.max())
-    gz, room = empty((rows * widest,), dtype), empty((rows * widest,), dtype)
-    sums = np.empty((len(known.addresses), 2))
-    loops.backward[numpy_storage(dtype)](
-        rows, max(needs.index(True) - 1, 0) // 2, address(g), address(x), known.addresses,
-        places, known.widths, results, told, address(gz), 0 if gx is None else address(gx), ends,
-        address(room), sums, pool.get_num_threads(),
+    results, beside = address(kept), empty((case.beside,), dtype)
+    gz, sums = address(beside), np.empty(places.shape)
+    case.backward(
+        case.rows, (needs.index(True, 1) - 1) // 2 if not needs[0] else 0, address(g), address(x),
+        known.addresses, places, known.widths, results, results + case.told, gz,
+        0 if gx is None else address(gx), ends, gz + beside.nbytes // 2, sums,
+        pool.get_num_threads(),
     )  # fmt: skip
     for home, total in zip(arrays_home[1:], sums.ravel().tolist()):
-        if home is not None and math.isfinite(total):
+        if home is not None and total < math.inf:  # and not NaN
             squares[id(home)] = total
     return [gx, *homes]
 
