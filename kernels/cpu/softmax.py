@@ -301,7 +301,7 @@ class Loops:
             return empty(first.shape, first.dtype)
         last = first.ndim - 1
         axis %= first.ndim
-        if axis == last == 1 and all([x.flags.c_contiguous for x in operands]):  # the common case
+        if axis == last == 1 and all(x.flags.c_contiguous for x in operands):  # the common case
             laid = [storage_view(x) for x in operands]
             out = empty(first.shape, first.dtype) if result else first
             places = storage_view(out) if result else laid[0]

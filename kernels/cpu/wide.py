@@ -56,6 +56,9 @@ NARROWEST = 1 << 10
 #: Rows that are worth being summed by themselves.
 PIECE = 16
 
+#: Elements that one thread is done with before others are awake.
+FEW = 1 << 13
+
 df: Any = Placeholder("df")
 finish_row: Any = Placeholder("finish_row")
 partial_row: Any = Placeholder("partial_row")
@@ -169,10 +172,31 @@ def _through(width, a, b, low, high, g, told, total):
 
 
 @serial
-def _below(rows, inputs, outputs, gz, weight, gx, told, totals, activated, part, parts):
+def _bias(totals, low, high, home, squares):
+    """Some columns of the gradient of a bias, where it is wanted, and their squares by panels."""
+    width = panel()
+    if home == 0:
+        return
+    gb, total = vector(home, totals.shape[1]), totals[0]
+    for chunk in range(1, totals.shape[0]):
+        for j in range(low, high):
+            total[j] += totals[chunk, j]
+    for first in range(low, high, width):
+        found = np.float64(0)
+        for j in range(first, min(first + width, high)):
+            gb[j] = total[j]
+            found += np.float64(gb[j]) * np.float64(gb[j])
+        squares[first // width] = found
+
+
+@serial
+def _below(
+    rows, inputs, outputs, gz, weight, gx, told, totals, home, squares, activated, part, parts
+):  # fmt: skip
     """One thread's part of the gradient of a layer's input: columns of it, or rows.
 
-    Where an activation lies below, what that makes of the gradient takes its place.
+    Where an activation lies below, what that makes of the gradient takes its place. Whoever has all
+    rows of some columns is done with their part of the bias, too.
     """
     size, width, chunks = size_of(T(0)), panel(), totals.shape[0]
     if inputs > rows:
@@ -182,6 +206,7 @@ def _below(rows, inputs, outputs, gz, weight, gx, told, totals, activated, part,
                    gx + low * size, inputs, False)  # fmt: skip
             if activated:
                 _through(inputs, 0, rows, low, high, gx, told, totals[0])
+                _bias(totals, low, high, home, squares)
     else:
         low, high = chunks * part // parts, chunks * (part + 1) // parts
         a, b = low * rows // chunks, high * rows // chunks
@@ -194,61 +219,74 @@ def _below(rows, inputs, outputs, gz, weight, gx, told, totals, activated, part,
 
 
 @serial
-def _bias(totals, home):
-    """The gradient of a bias, where it is wanted, and its sum of squares."""
-    squares = np.float64(0)
-    if home != 0:
-        total, gb = totals[0], vector(home, totals.shape[1])
-        for chunk in range(1, totals.shape[0]):
-            for j in range(total.size):
-                total[j] += totals[chunk, j]
-        for j in range(total.size):
-            gb[j] = total[j]
-            squares += np.float64(gb[j]) * np.float64(gb[j])
-    return squares
+def _above(rows, outputs, g, told, gz, bare, total, chunk, chunks):
+    """Some rows of the gradient of what the last activation is applied to, and their sum."""
+    size, a, b = size_of(T(0)), chunk * rows // chunks, (chunk + 1) * rows // chunks
+    if bare:
+        _sum_rows(matrix(g, rows, outputs), np.zeros(outputs, T), total, a, b)
+    else:
+        copy(g + a * outputs * size, gz + a * outputs * size, (b - a) * outputs)
+        _through(outputs, a, b, 0, outputs, gz, told, total)
+
+
+# In a parallel function an array of zeros would be a loop of all threads, and so would a sum.
+
+
+@serial
+def _zeros(m, n):
+    return np.zeros((m, n))
+
+
+@serial
+def _sum(x):
+    total = np.float64(0)
+    for i in range(x.size):
+        total += x[i]
+    return total
 
 
 @parallel
 def _backward(
     rows, first, g, x, table, homes, widths, results, told, gz, gx, ends, room, sums, threads
 ):  # fmt: skip
-    size = size_of(T(0))
+    size, width = size_of(T(0)), panel()
     layers = table.shape[0]
     k, outputs, chunks, before = layers - 1, widths[layers], _chunks(rows), 0
-    for i in range(layers if not ends else layers - 1):
+    for i in range(layers - 1):
         before += rows * widths[i + 1]
-    totals = np.zeros((chunks, outputs))
-    here = g if ends else gz
-    if not ends:
-        before -= rows * outputs
-    for chunk in prange(chunks):
-        a, b = chunk * rows // chunks, (chunk + 1) * rows // chunks
-        if ends:
-            _sum_rows(matrix(g, rows, outputs), np.zeros(outputs, T), totals[chunk], a, b)
-        else:
-            copy(g + a * outputs * size, gz + a * outputs * size, (b - a) * outputs)
-            _through(outputs, a, b, 0, outputs, gz, told + before * size, totals[chunk])
+    totals = _zeros(chunks, outputs)
+    if rows * outputs < FEW:
+        for chunk in range(chunks):
+            _above(rows, outputs, g, told + before * size, gz, ends, totals[chunk], chunk, chunks)
+    else:
+        for chunk in prange(chunks):
+            _above(rows, outputs, g, told + before * size, gz, ends, totals[chunk], chunk, chunks)
+    biases = _zeros(1, (outputs + width - 1) // width)[0]
+    _bias(totals, 0, outputs, homes[k, 1], biases)
     # `here` is the gradient of what a layer's activation is applied to, and it goes from one of two
     # places to the other.
-    spare = room
+    here, spare = g if ends else gz, room
     while True:
-        sums[k, 1] = _bias(totals, homes[k, 1])
+        sums[k, 1] = _sum(biases)
         inputs, outputs = widths[k], widths[k + 1]
         before -= rows * inputs
         source = x if k == 0 else results + before * size
-        below = spare if k > first else gx if k == 0 else 0
+        below, bias = spare if k > first else gx if k == 0 else 0, homes[max(k, 1) - 1, 1]
         parts = _parts(threads, rows * inputs * outputs)
-        totals = np.zeros((1 if inputs > rows else chunks, inputs))
-        squares = np.zeros(units(outputs, inputs) if homes[k, 0] != 0 else 0)
+        totals = _zeros(1 if inputs > rows else chunks, inputs)
+        biases = _zeros(1, (inputs + width - 1) // width)[0]
+        squares = _zeros(1, units(outputs, inputs) if homes[k, 0] != 0 else 0)[0]
         for part in prange(parts):
             if below != 0:
                 _below(rows, inputs, outputs, here, table[k, 0], below, told + before * size,
-                       totals, k > first, part, parts)  # fmt: skip
+                       totals, bias, biases, k > first, part, parts)  # fmt: skip
             for unit in range(squares.size * part // parts, squares.size * (part + 1) // parts):
                 compute_unit(unit, here, source, homes[k, 0], rows, outputs, inputs, squares)
-        sums[k, 0] = squares.sum()
+        sums[k, 0] = _sum(squares)
         if k == first:
             return
+        if inputs <= rows:
+            _bias(totals, 0, inputs, bias, biases)
         spare = room if below == gz else gz
         here = below
         k -= 1
@@ -271,7 +309,7 @@ def _loops(activation: str) -> _Loops:
     return _Loops(
         from_result,
         _forward.bind(_layer=_layer.bind(_finish=_finish.bind(finish_row=row))),
-        _backward.bind(_through=through, _below=_below.bind(_through=through)),
+        _backward.bind(_above=_above.bind(_through=through), _below=_below.bind(_through=through)),
     )
 
 
