@@ -141,6 +141,16 @@ def _gradients(rows, x, k, before, homes, widths, results, gz):
             gb[j] = total[j]
 
 
+@serial
+def _starts(rows, widths):
+    """Elements before the results of each layer. In a parallel function zeros would be a loop of
+    all threads."""
+    starts = np.zeros(widths.size - 1, np.int64)
+    for k in range(starts.size - 1):
+        starts[k + 1] = starts[k] + rows * widths[k + 1]
+    return starts
+
+
 @parallel
 def _backward(rows, first, g, x, table, homes, widths, results, told, gz, gx, ends):
     layers = table.shape[0]
@@ -148,9 +158,7 @@ def _backward(rows, first, g, x, table, homes, widths, results, told, gz, gx, en
     for piece in prange(pieces):
         a, b = piece * rows // pieces, (piece + 1) * rows // pieces
         _backward_piece(rows, a, b, first, g, table, widths, told, gz, gx, ends)
-    starts = np.zeros(layers, np.int64)
-    for k in range(layers - 1):
-        starts[k + 1] = starts[k] + rows * widths[k + 1]
+    starts = _starts(rows, widths)
     for k in prange(first, layers):
         _gradients(rows, x, k, starts[k], homes, widths, results, gz)
 

@@ -39,7 +39,7 @@ from gpugrad.kernels.cpu.linear import (
     _in_place,
     _sum_rows,
 )
-from gpugrad.kernels.cpu.memory import address, copy, matrix, size_of, vector
+from gpugrad.kernels.cpu.memory import address, copy, matrix, size_of, turn, vector
 from gpugrad.kernels.cpu.microkernel import pack_turned, packed_shape, panel
 from gpugrad.kernels.cpu.products import workspace
 from gpugrad.kernels.cpu.weight_gradient import LEAST, compute_unit, units
@@ -56,10 +56,12 @@ NARROWEST = 1 << 10
 #: Rows that are worth being summed by themselves.
 PIECE = 16
 
-#: Elements that one thread is done with before others are awake.
-FEW = 1 << 13
+#: Elements that one thread is done with before others are awake, and multiply-adds that another is
+#: worth.
+FEW, SHARE = 1 << 13, 1 << 18
 
 df: Any = Placeholder("df")
+f: Any = Placeholder("f")
 finish_row: Any = Placeholder("finish_row")
 partial_row: Any = Placeholder("partial_row")
 
@@ -76,22 +78,13 @@ def _part(side, part, parts):
 @device
 def _parts(threads, work):
     """How many threads so many multiply-adds are worth."""
-    return min(threads, max(1, work // GRAIN))
+    return min(threads, max(1, work // SHARE))
 
 
 @device
 def _chunks(rows):
     """Stretches of rows that are summed by themselves, whatever the number of threads."""
     return min(CHUNKS, (rows + PIECE - 1) // PIECE)
-
-
-@serial
-def _pack(weight, packed, low, high, inputs):
-    """Some rows of a weight, from the beginning of a panel on, as panels."""
-    size, width = size_of(T(0)), panel()
-    for j in range(low, high, width):
-        at = j * inputs * size
-        pack_turned(weight + at, inputs, min(width, high - j), inputs, packed + at, width)
 
 
 @serial
@@ -109,13 +102,12 @@ def _finish(z, bias, y, rows, low, high, outputs, activated):
 
 
 @serial
-def _layer(rows, inputs, outputs, source, weight, packed, bias, z, y, activated, part, parts):
-    """One thread's part of a layer: columns of the result, whose weights it packs; or rows."""
+def _layer(rows, inputs, outputs, source, packed, bias, z, y, activated, part, parts):
+    """One thread's part of a layer: columns of the result, or rows."""
     size, width = size_of(T(0)), panel()
     if outputs > rows:
         low, high = _part(outputs, part, parts)
         if low < high:
-            _pack(weight, packed, low, high, inputs)
             direct(rows, high - low, inputs, source, inputs, 1, packed + low * inputs * size,
                    width, inputs * width, z + low * size, outputs, False)  # fmt: skip
             _finish(z, bias, y, rows, low, high, outputs, activated)
@@ -138,16 +130,94 @@ def _forward(rows, x, table, widths, results, told, y, ends, room, threads):
         activated = k < layers - 1 or not ends
         z = told + before * size if activated else y
         out = results + before * size if activated else y
-        if outputs <= min(rows, width):
-            _pack(weight, room, 0, outputs, inputs)
-        elif outputs <= rows:
-            for p in prange((outputs + width - 1) // width):
-                _pack(weight, room, p * width, min(p * width + width, outputs), inputs)
+        for p in prange((outputs + width - 1) // width):
+            pack_turned(weight + p * width * inputs * size, inputs, min(width, outputs - p * width),
+                        inputs, room + p * width * inputs * size, width)  # fmt: skip
         parts = _parts(threads, rows * inputs * outputs)
         for part in prange(parts):
-            _layer(rows, inputs, outputs, source, weight, room, bias, z, out, activated, part,
-                   parts)  # fmt: skip
+            _layer(rows, inputs, outputs, source, room, bias, z, out, activated, part, parts)
         source = out
+        before += rows * outputs
+
+
+@serial
+def _add_number(z, b):
+    for j in range(z.size):
+        write(z, j, read(z, j) + b)
+
+
+@serial
+def _activate(z, b):
+    for j in range(z.size):
+        write(z, j, f(read(z, j) + b))
+
+
+@serial
+def _finish_turned(rows, outputs, low, high, a, b, z, bias, told, y, activated):
+    """Bias and activation of some results, in their place, of some rows of the batch.
+
+    They go to `y` with a row for each of the batch, and before the activation to `told`, if that is
+    another place.
+    """
+    size = size_of(T(0))
+    here, there = z + (low * rows + a) * size, (a * outputs + low) * size
+    biases = vector(bias, outputs)
+    beside = told != y
+    if beside or not activated:
+        for j in range(low, high):
+            _add_number(vector(z + (j * rows + a) * size, b - a), biases[j])
+    if beside:
+        turn(here, rows, high - low, b - a, told + there, outputs)
+    if activated:
+        for j in range(low, high):
+            _activate(vector(z + (j * rows + a) * size, b - a), T(0) if beside else biases[j])
+    turn(here, rows, high - low, b - a, y + there, outputs)
+
+
+@serial
+def _layer_turned(
+    rows, inputs, outputs, weight, source, down, across, z, bias, told, y, activated, part, parts
+):  # fmt: skip
+    """One thread's part of a layer: some of its results, or some rows of the batch."""
+    low, high, a, b = 0, outputs, 0, rows
+    if outputs > rows:
+        low, high = outputs * part // parts, outputs * (part + 1) // parts
+    else:
+        a, b = _part(rows, part, parts)
+    if low < high and a < b:
+        size = size_of(T(0))
+        direct(high - low, b - a, inputs, weight + low * inputs * size, inputs, 1,
+               source + a // panel() * across * size, down, across, z + (low * rows + a) * size,
+               rows, False)  # fmt: skip
+        _finish_turned(rows, outputs, low, high, a, b, z, bias, told, y, activated)
+
+
+@parallel
+def _forward_turned(rows, x, table, widths, results, told, y, ends, room, threads):
+    """The same with a row for each feature in place of one for each of the batch.
+
+    Weights are read where they lie then, and the batch is packed.
+    """
+    size, width = size_of(T(0)), panel()
+    layers, before, inputs = table.shape[0], 0, widths[0]
+    panels, widest = (rows + width - 1) // width, 0
+    for k in range(layers):
+        widest = max(widest, widths[k + 1])
+    for p in prange(panels):
+        pack_turned(x + p * width * inputs * size, inputs, min(width, rows - p * width), inputs,
+                    room + p * width * inputs * size, width)  # fmt: skip
+    source, down, across = room, width, inputs * width
+    for k in range(layers):
+        inputs, outputs = widths[k], widths[k + 1]
+        activated = k < layers - 1 or not ends
+        kept = told + before * size if activated else y
+        out = results + before * size if activated else y
+        z = room + (panels * width * widths[0] + k % 2 * widest * rows) * size
+        parts = _parts(threads, rows * inputs * outputs)
+        for part in prange(parts):
+            _layer_turned(rows, inputs, outputs, table[k, 0], source, down, across, z, table[k, 1],
+                          kept, out, activated, part, parts)  # fmt: skip
+        source, down, across = z, rows, width
         before += rows * outputs
 
 
@@ -297,6 +367,7 @@ class _Loops(NamedTuple):
 
     from_result: bool
     forward: CpuTemplate
+    forward_turned: CpuTemplate
     backward: CpuTemplate
 
 
@@ -305,10 +376,12 @@ def _loops(activation: str) -> _Loops:
     forward, partial = formula(activation), formula(f"{activation}_partial")
     from_result = partial.operands == ["g", "y"]
     row = (_in_place if from_result else _beside).bind(f=forward.plain)
+    finish = _finish_turned.bind(_activate=_activate.bind(f=forward.plain))
     through = _through.bind(partial_row=_partial_row.bind(df=partial.plain))
     return _Loops(
         from_result,
         _forward.bind(_layer=_layer.bind(_finish=_finish.bind(finish_row=row))),
+        _forward_turned.bind(_layer_turned=_layer_turned.bind(_finish_turned=finish)),
         _backward.bind(_above=_above.bind(_through=through), _below=_below.bind(_through=through)),
     )
 
@@ -328,7 +401,7 @@ class _Case(NamedTuple):
     told:
         Bytes from these results to what the derivatives of the activation are told.
     room:
-        Elements of the largest weight in panels.
+        Elements that the forward needs for what it packs.
     beside:
         Elements of all gradients of one layer's results, twice.
     """
@@ -350,15 +423,20 @@ def _case(shape: tuple[int, ...], dtype: Any, widths: bytes, activation: str, en
     _, *features = around = np.frombuffer(widths, np.int64).tolist()
     rows = math.prod(shape[:-1])
     results = rows * (sum(features) - features[-1] * ends)
+    # Either weights are packed, or the batch, with the results of each layer.
+    turned = rows * sum(around) < sum(map(math.prod, pairwise(around)))
+    room = max(math.prod(packed_shape(*pair, storage)) for pair in pairwise(around))
+    if turned:
+        room = math.prod(packed_shape(around[0], rows, storage)) + 2 * rows * max(features)
     return _Case(
-        loops.forward[storage],
+        (loops.forward_turned if turned else loops.forward)[storage],
         loops.backward[storage],
         (*shape[:-1], features[-1]),
         rows,
         results,
         results if loops.from_result else 2 * results,
         0 if loops.from_result else results * dtype.itemsize,
-        max(math.prod(packed_shape(*pair, storage)) for pair in pairwise(around)),
+        room,
         2 * rows * max(around),
     )
 
