@@ -281,9 +281,7 @@ def _way(name: str, flags: tuple[tuple[str, bool], ...], finite_only: bool, stor
     one, blocks = loops(name, tuple(given[flag] for flag in row.flags), finite_only)
     kind = np.dtype(arithmetic(storage)).type
     spare = [0.0] * (NUMBERS - 1 - len(row.made) - len(row.numbers))
-    return _Way(
-        kind, one[storage], blocks[storage], row.prepare, row.prepares, row.numbers, spare
-    )
+    return _Way(kind, one[storage], blocks[storage], row.prepare, row.prepares, row.numbers, spare)
 
 
 # -- the step --------------------------------------------------------------------------------------

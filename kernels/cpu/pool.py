@@ -283,7 +283,8 @@ def describe() -> Settings:
 
 def get_num_threads() -> int:
     """Threads that a CPU kernel uses at most."""
-    start()
+    if not _pool.started:
+        start()
     return _pool.threads
 
 

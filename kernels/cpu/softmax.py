@@ -11,6 +11,7 @@ run and on any number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -20,7 +21,14 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
-from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial, storage_view
+from gpugrad.kernels.cpu.compile import (
+    VECTOR,
+    CpuTemplate,
+    numpy_storage,
+    parallel,
+    serial,
+    storage_view,
+)
 from gpugrad.kernels.cpu.elementwise import LABEL, refuse_arrays
 from gpugrad.kernels.probabilities import (
     log_share,
@@ -48,6 +56,9 @@ Array = np.ndarray[Any, Any]
 
 #: Elements of a row that are looked at together.
 PIECE = 2048
+
+#: Rows from which it pays to lay short ones side by side.
+MANY = 256
 
 #: Elements of a tile, which is read more than once and should stay in the cache; and the fewest and
 #: the most rows that it has.
@@ -301,6 +312,9 @@ class Loops:
             return empty(first.shape, first.dtype)
         last = first.ndim - 1
         axis %= first.ndim
+        short = axis == last and first.shape[axis] * first.itemsize < VECTOR
+        if short and first.size >= MANY * first.shape[axis]:
+            return self._side_by_side(operands, more, result)
         if axis == last == 1 and all(x.flags.c_contiguous for x in operands):  # the common case
             laid = [storage_view(x) for x in operands]
             out = empty(first.shape, first.dtype) if result else first
@@ -319,6 +333,15 @@ class Loops:
         places = storage_view(out.reshape(shape)) if result else laid[0]
         kernel[numpy_storage(first.dtype)](laid[0], laid[-1], places, more)
         return out if turned is operands else np.moveaxis(out, last, axis)
+
+    def _side_by_side(
+        self, operands: Sequence[Array], more: tuple[Any, ...], result: bool
+    ) -> Array:
+        """Rows shorter than a vector: copies in which those of many rows lie side by side."""
+        shape = operands[0].shape
+        turned = [x.reshape(-1, shape[-1]).T.copy()[None] for x in operands]
+        out = self(1, *turned, more=more, result=result)
+        return out[0].T.copy().reshape(shape) if result else operands[0]
 
 
 # -- what the backend calls -----------------------------------------------------------------------

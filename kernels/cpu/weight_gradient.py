@@ -21,10 +21,10 @@ from gpugrad.backend.memory import NOTED, squares
 from gpugrad.backend.scratch import empty
 from gpugrad.kernels.cpu import products
 from gpugrad.kernels.cpu.compile import in_a_row, numpy_storage, parallel, serial
-from gpugrad.kernels.cpu.direct import LARGEST, STRIP, direct
+from gpugrad.kernels.cpu.direct import LARGEST, direct
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.memory import address, pointer, size_of
-from gpugrad.kernels.cpu.microkernel import panel
+from gpugrad.kernels.cpu.microkernel import ROWS, panel
 from gpugrad.kernels.cpu.optimizer import TINY
 from gpugrad.kernels.template import T, device
 
@@ -35,8 +35,8 @@ Array = np.ndarray[Any, Any]
 #: Elements of a result whose squares are worth adding up here.
 LEAST = NOTED
 
-#: Columns of a block, about: with the inputs that it takes it fits into a near cache.
-WIDTH = 192
+#: Rows and columns of a block, about: it fits into the nearest cache, and all threads get as many.
+STRIP, WIDTH = 4 * ROWS, 192
 
 
 @serial
