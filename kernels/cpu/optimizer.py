@@ -253,12 +253,13 @@ def flat_update(
     """One step of an update rule, in place."""
     if skip is not None and skip:
         return (p, *states)
-    way = _way(rule, tuple(flags.items()), finite_only, numpy_storage(p.dtype))
+    storage = numpy_storage(p.dtype)
+    way = _way(rule, tuple(flags.items()), finite_only, storage)
     c = [1.0 if factor is None else factor]
     if way.prepare is not None:
         c += way.prepare(np, way.kind(count), *[numbers[name] for name in way.prepares])
     c += [numbers[name] for name in way.numbers]
-    run = way.one if p.size <= FEW * BLOCK else way.blocks
+    run = (way.one if p.size <= FEW * BLOCK else way.blocks)[storage]
     run(*[storage_view(x.reshape(-1)) for x in (p, g, *states)], np.array(c + way.spare, way.kind))
     return (p, *states)
 
@@ -267,8 +268,8 @@ class _Way(NamedTuple):
     """An update rule's loops for arrays of one dtype, and how the numbers for them are come by."""
 
     kind: Any
-    one: Any
-    blocks: Any
+    one: CpuTemplate
+    blocks: CpuTemplate
     prepare: Any
     prepares: tuple[str, ...]
     numbers: tuple[str, ...]
@@ -281,7 +282,7 @@ def _way(name: str, flags: tuple[tuple[str, bool], ...], finite_only: bool, stor
     one, blocks = loops(name, tuple(given[flag] for flag in row.flags), finite_only)
     kind = np.dtype(arithmetic(storage)).type
     spare = [0.0] * (NUMBERS - 1 - len(row.made) - len(row.numbers))
-    return _Way(kind, one[storage], blocks[storage], row.prepare, row.prepares, row.numbers, spare)
+    return _Way(kind, one, blocks, row.prepare, row.prepares, row.numbers, spare)
 
 
 # -- the step --------------------------------------------------------------------------------------

@@ -406,8 +406,9 @@ class _Case(NamedTuple):
         Elements of all gradients of one layer's results, twice.
     """
 
-    forward: Any
-    backward: Any
+    storage: str
+    forward: CpuTemplate
+    backward: CpuTemplate
     shape: tuple[int, ...]
     rows: int
     results: int
@@ -429,8 +430,9 @@ def _case(shape: tuple[int, ...], dtype: Any, widths: bytes, activation: str, en
     if turned:
         room = math.prod(packed_shape(around[0], rows, storage)) + 2 * rows * max(features)
     return _Case(
-        (loops.forward_turned if turned else loops.forward)[storage],
-        loops.backward[storage],
+        storage,
+        loops.forward_turned if turned else loops.forward,
+        loops.backward,
         (*shape[:-1], features[-1]),
         rows,
         results,
@@ -454,7 +456,7 @@ def layers(
     else:  # the result is among what is kept
         y = kept[case.results - case.rows * known.outputs : case.results].reshape(case.shape)
     results = address(kept)
-    case.forward(
+    case.forward[case.storage](
         case.rows, address(x), known.addresses, known.widths, results, results + case.told,
         address(y), ends, address(workspace(dtype, case.room)), pool.get_num_threads(),
     )  # fmt: skip
@@ -474,7 +476,7 @@ def layers_backward(
     x, g = in_a_row(x), in_a_row(g)
     results, beside = address(kept), empty((case.beside,), dtype)
     gz, sums = address(beside), np.empty(places.shape)
-    case.backward(
+    case.backward[case.storage](
         case.rows, (needs.index(True, 1) - 1) // 2 if not needs[0] else 0, address(g), address(x),
         known.addresses, places, known.widths, results, results + case.told, gz,
         0 if gx is None else address(gx), ends, gz + beside.nbytes // 2, sums,

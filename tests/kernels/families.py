@@ -132,19 +132,32 @@ def layers():
 
 
 def wide():
-    """Layers that are divided each by itself: with more columns than rows, and fewer."""
+    """Layers that are divided each by itself: with more columns than rows, and fewer; and so few
+    rows that weights are not packed."""
     features = (23, 17, 30, 9)
     parameters = []
     for k, (inputs, outputs) in enumerate(itertools.pairwise(features)):
         weight = np.float32(0.2) * random(outputs, inputs, seed=2 * k)
         parameters += [weight, random(outputs, seed=2 * k + 1)]
-    for rows, activation, ends in ((20, "tanh", True), (27, "silu", False), (13, "relu", True)):
+    for rows, activation, ends in (
+        (20, "tanh", True), (27, "silu", False), (13, "relu", True), (10, "silu", False),
+    ):  # fmt: skip
         x = random(rows, 23, seed=rows)
         yield from derived(chain, x, *parameters, activation=activation, ends=ends)
         for wanted in ((0,), (3,), (4, 5), (6,)):
             yield from derived(
                 chain, x, *parameters, wanted=wanted, activation=activation, ends=ends
             )
+        tensors = [tensor_of(p.copy()).requires_grad_() for p in parameters]
+        optimizer = gg.optim.SGD(tensors, lr=0.0)
+        chain(tensor_of(x), *tensors, activation=activation, ends=ends).backward(
+            tensor_of(random(rows, 9, seed=50))
+        )
+        for place in optimizer.arenas[0].places:
+            leaf = place.tensor._node
+            squares = np.square(leaf.grad.data, dtype="float64").sum()
+            yield leaf.grad.data
+            yield np.log(squares if kernel_mode() == "off" else leaf.squares)
 
 
 STREAM = {"seed": 0x9E3779B97F4A7C15, "offset": (1 << 33) + 5}

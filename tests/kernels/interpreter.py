@@ -37,7 +37,15 @@ SMALL = {
     "optimizer": {"BLOCK": 64, "FEW": 3},
     "linear": {"BLOCK": 64, "CHUNKS": 5, "STRETCH": 3, "GRAIN": 1000},
     "layers": {"PIECE": 4, "GRAIN": 200},
-    "wide": {"GRAIN": 64, "STRIP": 6, "CHUNKS": 3, "NARROWEST": 1, "LARGEST": 9000},
+    "wide": {
+        "GRAIN": 64,
+        "SHARE": 64,
+        "FEW": 100,
+        "PIECE": 4,
+        "CHUNKS": 3,
+        "NARROWEST": 1,
+        "LARGEST": 9000,
+    },
     "moments": {"BLOCK": 64, "FEW": 3},
     "gemm": {"GRAIN": 64, "STRIP": 6},
     "direct": {"ROWS": 4, "DEPTH": 5, "STRIP": 8, "LARGEST": 4000, "FEWEST": 5, "SHORTEST": 4},
@@ -260,6 +268,7 @@ def interpreted():
         "_blas": memory._blas, "_blas_threads": memory._blas_threads, "_tile": memory._tile,
         "_turn_block": memory._turn_block, "_prefix": memory._prefix,
         "carray": memory.carray, "empty": _spoilt,
+        "workspace": lambda dtype, size: _spoilt((size,), dtype),
         "_where": memory._where, "_where_mask": memory._where_mask,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -47,7 +47,7 @@ CHECKS = {
     "cpu.pooling": ["pooling"],
     "cpu.recurrent": ["recurrent"],
     "cpu.microkernel": ["small_products"],
-    "cpu.weight_gradient": ["weights"],
+    "cpu.weight_gradient": ["weights", "wide"],
     "cpu.direct": ["gemm", "weights"],
     "moments": ["norm", "batch_norm"],
     "probabilities": ["softmax", "cross_entropy"],
@@ -61,6 +61,12 @@ DRAWN = "more words are drawn than are needed"
 NOTHING = "there is a piece more, of nothing"
 CHOICE = "there are two ways to the same result"
 BOTH = "that of two is 2 only for the numbers 0 and 2"
+
+#: What threads are worth is told by so many multiply-adds.
+WORK = (
+    "rows * inputs -> rows + inputs",
+    "rows * inputs * outputs -> rows * inputs + outputs",
+)
 
 #: Changes that change no result, by the name of the body, and why.
 EQUAL: dict[str, dict[str, str]] = {
@@ -176,26 +182,45 @@ EQUAL: dict[str, dict[str, str]] = {
         "part += a[first + j] * a[first + j] -> part -= a[first + j] * a[first + j]": (
             "such a sum is taken again, in double"
         ),
+        "total += np.float64(part) -> total -= np.float64(part)": (
+            "such a sum is taken again, in double"
+        ),
     },
     **{
         f"cpu.layers.{body}": {"rows + PIECE - 1 -> rows + PIECE + 1": DIVISION}
         for body in ("_forward", "_backward")
     },
-    "cpu.wide._part": {"side + STRIP - 1 -> side + STRIP + 1": NOTHING},
-    "cpu.wide._layer": {"outputs > rows -> outputs <= rows": DIVISION},
-    "cpu.wide._forward": dict.fromkeys(
-        ("rows * inputs -> rows + inputs", "rows * inputs * outputs -> rows * inputs + outputs"),
-        DIVISION,
+    "cpu.wide._part": {"side + width - 1 -> side + width + 1": NOTHING},
+    "cpu.wide._chunks": dict.fromkeys(
+        ("rows + PIECE -> rows - PIECE", "rows + PIECE - 1 -> rows + PIECE + 1"), DIVISION
     ),
-    "cpu.wide._gradients": dict.fromkeys(
-        ("inputs > rows -> inputs <= rows", "inputs > outputs -> inputs <= outputs"), DIVISION
-    ),
-    "cpu.wide._backward": dict.fromkeys(
-        (
-            "rows * inputs -> rows + inputs (2)",
-            "rows * inputs * outputs -> rows * inputs + outputs",
+    **{
+        f"cpu.wide.{body}": {"outputs > rows -> outputs <= rows": DIVISION}
+        for body in ("_layer", "_layer_turned")
+    },
+    "cpu.wide._forward": dict.fromkeys(WORK, DIVISION),
+    "cpu.wide._forward_turned": {
+        **dict.fromkeys(WORK, DIVISION),
+        "rows + width - 1 -> rows + width + 1": ROOM,
+        "k + 1 -> k - 1 (1)": "the widest layer is found among the others, too",
+    },
+    "cpu.wide._backward": {
+        **dict.fromkeys((WORK[0] + " (2)", WORK[1]), DIVISION),
+        **dict.fromkeys(
+            (
+                "rows * outputs -> rows + outputs (1)",
+                "rows * outputs < FEW -> rows * outputs >= FEW",
+                "inputs > rows -> inputs <= rows (1)",
+            ),
+            DIVISION,
         ),
-        DIVISION,
+        **{f"{side} + width - 1 -> {side} + width + 1": ROOM for side in ("inputs", "outputs")},
+    },
+    "cpu.weight_gradient.units": dict.fromkeys(
+        ("m + STRIP - 1 -> m + STRIP + 1", "n + WIDTH - 1 -> n + WIDTH + 1"), NOTHING
+    ),
+    "cpu.weight_gradient.compute_unit": dict.fromkeys(
+        ("m + STRIP - 1 -> m + STRIP + 1", "n + width - 1 -> n + width + 1"), DIVISION
     ),
     "cpu.gemm._bounds": {
         "x.shape[axis] - 1 -> x.shape[axis] + 1": "operands beside the result are copied, too",

@@ -51,8 +51,12 @@ def test_results_and_gradients_are_those_of_separate_layers(activation, mode, en
 
 wide = pytest.mark.skipif(not LARGEST, reason="with short vectors OpenBLAS is quicker")
 
-#: Rows, and features before and after layers: more columns than rows, and the other way round.
-WIDE = [(150, (130, 260, 90, 10)), (3000, (30, 33, 40)), (64, (400, 400)), (257, (100, 100, 1))]
+#: Rows, and features before and after layers: more columns than rows, and the other way round; and
+#: so few rows that weights are not packed.
+WIDE = [
+    (150, (130, 260, 90, 10)), (3000, (30, 33, 40)), (64, (400, 400)), (257, (100, 100, 1)),
+    (41, (130, 260, 90, 10)), (17, (300, 200, 16, 300)),
+]  # fmt: skip
 
 
 @wide
@@ -75,8 +79,9 @@ def test_gradients_of_large_layers_that_are_wanted(needs):
 
 @wide
 @pytest.mark.parametrize("activation", ["relu", "gelu_tanh"])
-def test_large_layers_on_any_number_of_threads(activation):
-    made = operands("float32", rows=150, widths=(130, 260, 90, 10))
+@pytest.mark.parametrize("rows", [150, 70])
+def test_large_layers_on_any_number_of_threads(rows, activation):
+    made = operands("float32", rows=rows, widths=(130, 260, 90, 10))
     before, found = gg.get_num_threads(), []
     try:
         for threads in {1, before}:
@@ -85,6 +90,38 @@ def test_large_layers_on_any_number_of_threads(activation):
     finally:
         gg.set_num_threads(before)
     assert all(x == found[0] for x in found)
+
+
+@wide
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("rows", [150, 70, 1100])
+def test_squares_of_gradients_of_large_layers(rows, scale):
+    x, *parameters = operands("float32", rows=rows, widths=(130, 260, 90, 10))
+    for p in parameters:
+        p.requires_grad_()
+    optimizer = gg.optim.SGD(parameters, lr=0.0)
+    with gg.use_kernels("require"):
+        gg.sum(layers(x, *parameters, activation="relu") * scale).backward()
+    leaves = [p._node for p in parameters]
+    squares = [np.square(leaf.grad.data, dtype="float64").sum() for leaf in leaves]
+    np.testing.assert_allclose([leaf.squares for leaf in leaves], squares, rtol=1e-6)
+    optimizer.step(clip=1.0)
+    if scale == 1:
+        np.testing.assert_allclose(optimizer.last_norm.item(), np.sqrt(sum(squares)), rtol=1e-6)
+
+
+@wide
+def test_squares_that_are_not_finite_are_not_noted():
+    x, *parameters = operands("float32", rows=70, widths=(130, 260, 90))
+    for p in parameters:
+        p.requires_grad_()
+    optimizer = gg.optim.SGD(parameters, lr=0.0)
+    x[3, 5] = np.nan
+    with gg.use_kernels("require"):
+        gg.sum(layers(x, *parameters, activation="tanh")).backward()
+    assert all(p._node.squares is None for p in parameters)
+    optimizer.step(clip=1.0, nonfinite="skip")
+    assert optimizer.skipped.item() == 1
 
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
