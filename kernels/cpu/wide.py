@@ -2,9 +2,12 @@
 
 Between two kernels that use all of the caches, what Python does is slow: its code and its objects
 have to come from far away. Here a whole net goes forward with none of it in between, and back.
-Each layer is divided among the threads by itself: weights are packed, then each thread computes
-its part of the product, bias and activation in its cache; going back, first what the activation
-makes of the gradient, then both products. All are taken where they lie (`kernels/cpu/direct.py`).
+Each layer is divided among the threads by itself. Each thread computes its part of the product,
+bias and activation in its cache; going back, its part of the gradient of what is below, what the
+activation there makes of it, and blocks of the weight's gradient with the sums of their squares.
+All operands but one are taken where they lie (`kernels/cpu/direct.py`). Forward, that one is the
+weight, which is packed; or, where the batch is smaller, the batch, and results have a row for each
+feature until they are turned.
 
 How the work is divided changes no bit of the results.
 """
