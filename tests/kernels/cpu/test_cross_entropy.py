@@ -14,7 +14,8 @@ from tests.kernels.parity import DTYPES, EPS, layouts, wide
 
 NAN, INF = np.nan, np.inf
 
-#: Shapes of logits: rows of one piece and of several, tiles of rows narrower and wider than one.
+#: Shapes of logits: rows of one piece and of several, tiles of rows narrower and wider than one,
+#: and many rows shorter than a vector.
 SHAPES = [
     (13, 37),
     (1, 5),
@@ -24,6 +25,7 @@ SHAPES = [
     (3, 11, 1),
     (2, 130, 300),
     (1, 3, 1500),
+    (300, 5),
 ]
 
 

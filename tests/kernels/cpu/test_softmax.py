@@ -16,11 +16,13 @@ FUNCTIONS = [gg.softmax, gg.log_softmax]
 NAMES = ["softmax", "log_softmax"]
 PIECE = family.PIECE
 
-#: Shapes and axes: rows of one piece and of several, tiles narrower and wider than one.
+#: Shapes and axes: rows of one piece and of several, tiles narrower and wider than one, and many
+#: rows shorter than a vector.
 AXES = [
     ((13, 37), -1), ((5, 1), 1), ((1, 7), -1), ((9,), 0), ((3, PIECE), 1), ((2, PIECE + 1), -1),
     ((2, 3 * PIECE - 5), 1), ((4, 3, 5), -1), ((4, 3, 5), 1), ((4, 3, 5), 0), ((37, 13), 0),
     ((700, 70), 0), ((2, 3, 1500), 1), ((2, 11, 3, 5), -3), ((6, 4, 1, 1), 1),
+    ((300, 5), -1), ((40, 20, 3), 2),
 ]  # fmt: skip
 
 
