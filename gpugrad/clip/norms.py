@@ -82,7 +82,8 @@ def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     if rows:
         runs = [run for row in rows for run in row.arrays()]
         arrays = runs + [arrays[i] for i in alone]
-    return scalar_tensor(norm_of(SPACES[type(arrays[0])], arrays, p), arrays[0])
+    kind = type(arrays[0])
+    return scalar_tensor(norm_of(SPACES[kind], arrays, p), kind)
 
 
 def norm_of(m: Backend, arrays: Sequence[Array], p: float = 2.0) -> Array:
@@ -256,6 +257,6 @@ def check_one_place(arrays: Sequence[Array]) -> None:
         )
 
 
-def scalar_tensor(y: Array, like: Array) -> Tensor:
-    """A 0-d tensor of `y`, for which some libraries return a scalar object of their own."""
-    return tensor_of(y if type(y) is type(like) else SPACES[type(like)].asarray(y))
+def scalar_tensor(y: Array, kind: type) -> Tensor:
+    """A 0-d tensor of `y`, an array of a kind or what a library returns in the place of one."""
+    return tensor_of(y if type(y) is kind else SPACES[kind].asarray(y))

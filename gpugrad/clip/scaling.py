@@ -46,7 +46,7 @@ def coefficient(norm: Tensor, max_norm: float) -> Tensor:
     bound = check_bound(max_norm)
     space = SPACES[type(norm.data)]
     with QUIET():
-        return scalar_tensor(space.bind(ratio)(space, norm.data, bound), norm.data)
+        return scalar_tensor(space.bind(ratio)(space, norm.data, bound), type(norm.data))
 
 
 def ratio(m: Backend, norm: Array, bound: Array | float) -> Array:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from gpugrad.backend import SPACES, Array, Backend
+from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import gate
 from gpugrad.clip import GlobalNorm, check_bound, norm_of
-from gpugrad.clip.norms import cast
+from gpugrad.clip.norms import cast, scalar_tensor
 from gpugrad.core.graph import mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import DeviceError
@@ -92,14 +92,14 @@ class Report:
     @property
     def norm(self) -> Tensor | None:
         """Of the latest step with a clip, a 0-d tensor; None before."""
-        return None if self._clip is None else _scalar(self._clip[0], self._clip[2])
+        return None if self._clip is None else scalar_tensor(self._clip[0], self._clip[2])
 
     @property
     def coefficient(self) -> Tensor | None:
         """What its gradients were multiplied by, likewise; None where there is no such number."""
         if self._clip is None or self._clip[1] is None:
             return None
-        return _scalar(self._clip[1], self._clip[2])
+        return scalar_tensor(self._clip[1], self._clip[2])
 
     def count(self, which: int) -> Tensor | None:
         """One of the counts, a 0-d tensor; None before the first."""
@@ -112,10 +112,6 @@ class Report:
             found[FIRST] = 0
             space, device = self._found.backend, self._found.device
             self._found = tensor_of(space.asarray(found, device=device))
-
-
-def _scalar(y: Array, kind: type) -> Tensor:
-    return tensor_of(y if type(y) is kind else SPACES[kind].asarray(y))
 
 
 @dataclass
