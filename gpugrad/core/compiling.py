@@ -106,6 +106,8 @@ class Compiled:
                 try:
                     return finish(program.run(tensors))
                 except Exception:
+                    if program.acts:  # it has changed something
+                        raise
                     for generator, state in zip(program.generators, drawn):
                         generator.state = state
                     self.function(*args, **kwargs)  # says best what is wrong
@@ -168,6 +170,7 @@ class Compiled:
         if before is not None and difference is None and exact(before[1]) != exact(others):
             difference = f"it returned {before[1]}, and then {others}"
         if before is None or difference is not None or not trace.may_be_constant(before[0]):
+            trace.release()
             trace.forget()
             kind.last[state] = trace, others
             if len(kind.last) > KEPT:
@@ -182,6 +185,7 @@ class Compiled:
                     )
             return out
         program = Program(trace, before[0], outputs)
+        trace.release()
         simple = len(found) == 1 and found[0] is out
         # What is kept of the result is its form: `found` is the list that `finish` holds on to.
         found[:] = [_TENSOR if isinstance(x, Tensor) else x for x in found]
@@ -272,6 +276,17 @@ def compile(function: Callable[..., Any]) -> Compiled:
             loss_of(x, y).backward()
             optimizer.step(clip=1.0)
 
+    Or compile the whole step. A backward pass, `zero_grad`, optimisers, schedulers, loss scaling,
+    `clip_grad_norm_` and averages of weights may be inside; what is returned has no graph then::
+
+        @gg.compile
+        def step(x, y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step(clip=1.0)
+            return loss
+
     Parameters
     ----------
     function:
@@ -293,8 +308,8 @@ def compile(function: Callable[..., Any]) -> Compiled:
     runs as it is.
 
     Raises CompileError where a program could not do the same: the function looks at values
-    (`item`, `if`), runs a backward pass or an optimiser, or computes with other means than
-    operations. As JAX's `jit`, with the interface of PyTorch's `torch.compile`.
+    (`item`, `if`), runs a backward pass that goes on outside of it, or computes with other means
+    than operations. As JAX's `jit`, with the interface of PyTorch's `torch.compile`.
 
     >>> import gpugrad as gg
     >>> w = gg.tensor([2.0, 3.0], requires_grad=True)

@@ -2,7 +2,8 @@
 
 The first computes from left to right, one line for each operation. The second goes back from right
 to left, one line for each derivative: what the walk through a graph would do is known before it is
-done, so there is no graph, no node but one, and nothing to look up.
+done, so there is no graph, no node but one, and nothing to look up. Of a function that runs
+backward itself there is one piece, and no graph at all.
 """
 
 from __future__ import annotations
@@ -33,7 +34,18 @@ from gpugrad.core.primitive import FACETS, HOME, PASS, Primitive, Rule, is_ours
 from gpugrad.core.rules import fit
 from gpugrad.core.settings import settings
 from gpugrad.core.tensor import Tensor, tensor_of
-from gpugrad.core.trace import Name, Step, Trace, Write, source_of
+from gpugrad.core.trace import (
+    Action,
+    End,
+    Name,
+    Same,
+    Step,
+    Trace,
+    Walk,
+    Wrapped,
+    Write,
+    source_of,
+)
 from gpugrad.errors import CompileError, GraphError
 
 __all__ = ["Program"]
@@ -63,8 +75,10 @@ class Program:
         self._settings = settings[0]
         self.mode = kernel_mode()
         self.generators = [generator for generator, _ in trace.draws]
+        #: Whether it does more than to compute.
+        self.acts = trace.acts
         for step in trace.steps:
-            if isinstance(step, Step) and step.node is not None:
+            if isinstance(step, Step) and step.node is not None and not trace.acts:
                 check_alive(step.node)  # what a call changes in place after it was saved
         writer = _Writer(trace, earlier, outputs)
         self.tensors = writer.tensors
@@ -206,6 +220,7 @@ class _Writer:
         self.scope: dict[str, Any] = {
             "destination": destination, "fit": fit, "plus": graph.plus, "joined": _joined,
             "into": _into, "normalise": normalise, "write": _write, "copy": _copy,
+            "tensor_of": tensor_of, "there": _there,
         }  # fmt: skip
         #: Rules by name that choose among kernels anew in each call.
         self.open_rules: dict[str, Any] = {}
@@ -222,7 +237,24 @@ class _Writer:
         self.ends: list[Tensor | int] = []
         self.differentiable: list[int] = []
         self.kept: list[Name] = []
-        back = self._backward(outputs)
+        self._steps = {
+            id(step.node): step
+            for step in trace.steps
+            if isinstance(step, Step) and step.node is not None
+        }
+        self._grads: dict[str, str] = {}  # variable → "some", "none" for perhaps None, "own"
+        self._ends: dict[int, str] = {}  # node where the way back ends → its name
+        self._arriving: dict[int, Name] = {}  # likewise → the name of what arrives there
+        self._since = trace.since
+        self._variables: set[str] = set()
+        #: The nodes that a function uses which runs backward itself, as it comes by them.
+        self._nodes: dict[str, str] = {}
+        #: The lines of each walk, by its identity, and the names from the way there in them.
+        self._walks: dict[int, tuple[list[list[str]], list[Name]]] = {}
+        for step in trace.steps:
+            if isinstance(step, Walk):
+                self._add_walk(step)
+        back = None if trace.acts else self._backward(outputs)
         self.text = self._forward() + ("\n\n" + back if back else "")
 
     def _output(self, x: Tensor) -> Name:
@@ -243,6 +275,16 @@ class _Writer:
         """An expression of the program."""
         if isinstance(value, Name):
             return str(value)
+        if isinstance(value, End):
+            return self._node(value.value)
+        if isinstance(value, Same):
+            kind = type(value.value).__name__.lower()
+            return self._bound(kind if kind.isidentifier() else "c1", value.value)
+        if isinstance(value, Wrapped):
+            return f"tensor_of({value.name})"
+        if type(value) is dict:
+            pairs = (f"{self._write(key)}: {self._write(x)}" for key, x in value.items())
+            return "{" + ", ".join(pairs) + "}"
         if isinstance(value, tuple) and type(value) is tuple:
             return f"({_listed([self._write(x) for x in value])})"
         if type(value) is list:
@@ -257,49 +299,74 @@ class _Writer:
     # -- forward ----------------------------------------------------------------------------------
 
     def _forward(self) -> str:
-        inputs = [f"x{i}" for i in range(len(self.trace.inputs))]
-        lines = [f"def forward({', '.join(inputs)}):"]
-        add = lines.append
-        for i, (generator, _) in enumerate(self.trace.draws):
-            add(f"    s{i}, o{i} = {self._bound('generator', generator)}.stream()")
+        trace = self.trace
+        head = [f"def forward({', '.join(f'x{i}' for i in range(len(trace.inputs)))}):"]
+        for i, (generator, _) in enumerate(trace.draws):
+            head.append(f"    s{i}, o{i} = {self._bound('generator', generator)}.stream()")
+        loads: dict[int, list[str]] = {}  # those of a tensor that has a new array since a step
         for name, source in self._sources.items():
             if isinstance(source, Tensor):
-                add(f"    {name} = {self._bound(f'tensor_{name}', source)}.data")
+                line = f"    {name} = {self._bound(f'tensor_{name}', source)}.data"
+                loads.setdefault(trace.captured[name].after, []).append(line)
             else:
                 self.scope[name] = source
         stays = {*self.names, *self.kept}
-        steps = self._needed(stays)
-        last = _last_uses(steps)
-        for i, step in enumerate(steps):
-            if isinstance(step, Write):
-                values = (step.target, step.index, step.value)
-                add(f"    write({', '.join(map(self._write, values))})")
+        blocks = [loads.pop(0, [])]
+        needed = self._needed(stays)
+        for i, step in enumerate(trace.steps):
+            blocks.append(loads.pop(i, []))
+            if i not in needed:
+                continue
+            if isinstance(step, Walk):
+                blocks += self._walks[id(step)][0]
             else:
-                self._add_step(lines, step)
-            gone = [x for x in last[i] if x not in stays and x.startswith("t")]
-            if isinstance(step, Step):
-                gone += [x for x in self._aux(step) if x not in stays]
-            if gone:
-                add(f"    del {', '.join(sorted(gone))}")
+                blocks.append(self._lines(step))
         results = [
             f"copy({name})" if self._is_constant(name) else name for name in self.names
         ]  # fmt: skip
-        add(f"    return [{', '.join(results)}], [{', '.join(self.kept)}]")
-        return "\n".join(lines)
+        mine: set[str] = {
+            name
+            for step in trace.steps
+            if isinstance(step, Step | Action)
+            for name in (*step.results, *self._aux(step))
+        }
+        mine |= self._variables
+        lines = [*head, *(f"    {p} = {found}" for p, found in self._nodes.items())]
+        lines += _released(blocks, mine - stays)
+        return "\n".join((*lines, f"    return [{', '.join(results)}], [{', '.join(self.kept)}]"))
 
-    def _needed(self, stays: set[Name]) -> list[Step | Write]:
-        """The steps whose results somebody asks for, and changes in place."""
+    def _needed(self, stays: set[Name]) -> set[int]:
+        """The numbers of the steps whose results somebody asks for, and of what changes things."""
         asked = {*stays}
-        found: list[Step | Write] = []
-        for step in reversed(self.trace.steps):
+        found: set[int] = set()
+        for i, step in reversed([*enumerate(self.trace.steps)]):
             if isinstance(step, Write):
                 asked |= {*_names_in((step.target, step.index, step.value))}
+            elif isinstance(step, Walk):
+                asked |= {*self._walks[id(step)][1], *_names_in([g for _, g in step.seeds])}
+            elif isinstance(step, Action):
+                asked |= {*_names_in((step.args, step.kwargs))}
             elif asked.isdisjoint(step.results) and asked.isdisjoint(self._aux(step)):
                 continue
             else:
                 asked |= {*_names_in((*step.operands, *step.parameters.values()))}
-            found.append(step)
-        return found[::-1]
+            found.add(i)
+        return found
+
+    def _lines(self, step: Step | Write | Action) -> list[str]:
+        """The lines of what is no walk."""
+        lines: list[str] = []
+        if isinstance(step, Write):
+            values = (step.target, step.index, step.value)
+            lines.append(f"    write({', '.join(map(self._write, values))})")
+        elif isinstance(step, Action):
+            given = [self._write(x) for x in step.args]
+            given += [f"{name}={self._write(x)}" for name, x in step.kwargs.items()]
+            call = f"{self._bound(step.function.__name__, step.function)}({', '.join(given)})"
+            lines += [f"    {name} = {call}.data" for name in step.results] or [f"    {call}"]
+        else:
+            self._add_step(lines, step)
+        return lines
 
     def _add_step(self, lines: list[str], step: Step) -> None:
         made, kind = step.made, step.kind
@@ -322,20 +389,15 @@ class _Writer:
             lines.append(f"    {first} = normalise({first}, {self._bound('kind', kind)})")
 
     @staticmethod
-    def _aux(step: Step) -> list[Name]:
+    def _aux(step: Any) -> list[Name]:
+        if not isinstance(step, Step):
+            return []
         return [Name(f"{step.results[0]}_{name}") for name in step.made.aux]
 
     # -- backward ---------------------------------------------------------------------------------
 
     def _backward(self, outputs: Sequence[Tensor]) -> str | None:
         """The text of the way back; None if there is none."""
-        self._steps = {
-            id(step.node): step
-            for step in self.trace.steps
-            if isinstance(step, Step) and step.node is not None
-        }
-        self._grads: dict[str, str] = {}  # variable → "some", "none" for perhaps None, "own"
-        self._ends: dict[int, str] = {}  # node where the way back ends → its number
         body: list[list[str]] = [[]]
         waiting: dict[int, Any] = {}
         several = len(outputs) > 1
@@ -350,10 +412,7 @@ class _Writer:
         for i, variable in seeds:
             value = f"g.get({i})" if several else "g"
             self._add_to(body[0], variable, value, several)
-        while waiting:
-            node = max(waiting.values(), key=lambda n: n.seq)
-            del waiting[id(node)]
-            body.append(self._node_lines(waiting, node))
+        self._add_nodes(body, waiting)
         ends = [*self._ends.values()]
         kept = [*dict.fromkeys(self.kept)]
         self.kept = kept
@@ -366,13 +425,54 @@ class _Writer:
         lines.append(f"    return {_listed([f'({p}, g_{p})' for p in ends])}")
         return "\n".join(lines)
 
+    def _add_nodes(self, blocks: list[list[str]], waiting: dict[int, Any]) -> None:
+        """The lines of all nodes that wait, and of those behind them."""
+        while waiting:
+            node = max(waiting.values(), key=lambda n: n.seq)
+            del waiting[id(node)]
+            blocks.append(self._node_lines(waiting, node))
+
+    def _add_walk(self, step: Walk) -> None:
+        """The lines of a walk that the function itself runs."""
+        self.kept, self._grads = [], {}
+        self._since = max(step.since, self.trace.since)
+        self._arriving = {id(end): name for end, name in step.ends}
+        blocks: list[list[str]] = [[]]
+        waiting: dict[int, Any] = {}
+        for seed, g in step.seeds:
+            variable = self._arrive(waiting, seed, [])
+            # Whoever keeps a gradient may change it.
+            value = f"copy({g})" if self._is_constant(g) else g
+            self._add_to(blocks[0], variable, value, False)
+        self._add_nodes(blocks, waiting)
+        perhaps = [name for _, name in step.ends if self._grads[name] == "none"]
+        blocks.append([f"    there({name})" for name in perhaps])
+        self._walks[id(step)] = blocks, self.kept
+        self._variables |= {*self._grads}
+        self.kept = []
+
+    def _node(self, leaf: Any) -> str:
+        """The name of a leaf in a function that runs backward itself."""
+        if id(leaf) not in self._ends:
+            for name, source in self._sources.items():
+                if isinstance(source, Tensor) and source._node is leaf:
+                    p = self._ends[id(leaf)] = f"p{len(self._ends)}"
+                    self._nodes[p] = f"{self._bound(f'tensor_{name}', source)}._node"
+                    break
+            else:
+                raise CompileError(
+                    f"compile: {self.trace.name} keeps a gradient in .grad of a tensor that is an "
+                    "argument, or that it makes itself; use gg.grad, and return the gradient"
+                )
+        return self._ends[id(leaf)]
+
     def _arrive(self, waiting: dict[int, Any], parent: Any, tensors: Sequence[Any]) -> str:
         """The variable of the gradient that a node of the graph gets."""
         index = ""
-        if isinstance(parent, Pick) and parent.seq > self.trace.since:
+        if isinstance(parent, Pick) and parent.seq > self._since:
             index = f"_{parent.index}"
             parent = parent.p0
-        if parent.seq > self.trace.since:
+        if parent.seq > self._since:
             step = self._steps.get(id(parent))
             if step is None or parent.kind == HOOKED:
                 what = "a hook of a tensor" if parent.kind == HOOKED else parent.primitive.name
@@ -382,10 +482,21 @@ class _Writer:
                 )
             waiting[id(parent)] = parent
             return f"g_{step.results[int(index[1:]) if index else 0]}"
+        if self.trace.acts:
+            return self._arriving.get(id(parent)) or self._refused(parent)
         if id(parent) not in self._ends:
             self._ends[id(parent)] = f"p{len(self._ends)}"
             self.ends.append(self._end(parent, tensors))
         return f"g_{self._ends[id(parent)]}"
+
+    def _refused(self, end: Any) -> str:
+        """A variable that nothing arrives at; an error where the walk goes on outside."""
+        if end.seq:
+            raise CompileError(
+                f"compile: {self.trace.name} runs a backward pass that goes on outside of it; "
+                "detach what it is given, or leave backward() outside, too"
+            )
+        return "g_"
 
     def _end(self, parent: Any, tensors: Sequence[Any]) -> Tensor | int:
         """The tensor whose node this is where the way back ends, or the number of an input."""
@@ -516,6 +627,9 @@ class _Writer:
         return ", ".join(found)
 
     def _home(self, parent: Any) -> str:
+        if self.trace.acts:
+            known = isinstance(parent, graph.Leaf) and parent.home is not None
+            return f"destination({self._node(parent)})" if known else "None"
         number = self._ends.get(id(parent))
         return "None" if number is None else f"destination({number})"
 
@@ -544,21 +658,6 @@ def _names_in(value: Any) -> list[Name]:
     if isinstance(value, tuple | list):
         return [name for x in value for name in _names_in(x)]
     return []
-
-
-def _last_uses(steps: Sequence[Step | Write]) -> list[set[Name]]:
-    """For each step the names that no later one uses, and the results that none uses at all."""
-    seen: set[Name] = set()
-    found: list[set[Name]] = []
-    for step in reversed(steps):
-        if isinstance(step, Write):
-            names = _names_in((step.target, step.index, step.value))
-        else:
-            names = _names_in(tuple(step.operands)) + _names_in(tuple(step.parameters.values()))
-            names += step.results
-        found.append({*names} - seen)
-        seen |= {*names}
-    return found[::-1]
 
 
 def _released(blocks: Sequence[Sequence[str]], names: set[str]) -> list[str]:
@@ -592,6 +691,12 @@ def _into(total: Any, g: Any) -> Any:
 def _copy(x: Array) -> Array:
     space = SPACES[type(x)]
     return space.asarray(x, device=space.device(x), copy=True)
+
+
+def _there(g: Any) -> None:
+    """Refuse a gradient that is not there, and was when the program was made."""
+    if g is None:
+        raise GraphError("a compiled backward pass: a rule gives None where it gave a gradient")
 
 
 def _write(target: Array, index: Any, value: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from gpugrad.backend import SPACES, Array, Backend, as_dtype
 from gpugrad.backend.memory import squares
 from gpugrad.core import graph
+from gpugrad.core.actions import action, tracing
 from gpugrad.core.graph import NOT_IN_PLACE, Extra, Leaf, extra_of, mutations, next_seq
 from gpugrad.core.handle import RemovableHandle
 from gpugrad.core.modes import is_grad_enabled
@@ -609,6 +610,8 @@ def seed(y: Tensor, gradient: Any, create_graph: bool) -> Any:
                 f"{y.shape}; reduce it (y.sum()) or pass gradient="
             )
         g = space.ones_like(y.data)
+        if tracing.trace is not None:
+            tracing.trace.note_made(g)
         return tensor_of(g) if create_graph else g
     if not isinstance(gradient, Tensor):
         gradient = tensor_of(space.asarray(gradient, device=space.device(y.data)))
@@ -635,6 +638,7 @@ def seed(y: Tensor, gradient: Any, create_graph: bool) -> Any:
 _depositing = Lock()
 
 
+@action
 def deposit(borrowed: dict[Any, Any], owned: dict[Any, Any], given: tuple[Array, ...] = ()) -> None:
     """Add what a walk brought to the leaves to their ``.grad``.
 

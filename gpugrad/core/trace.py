@@ -13,27 +13,32 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import RLock, local
+from threading import RLock
 from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend, is_array
+from gpugrad.core.actions import tracing
 from gpugrad.core.autocast import NARROWS, cast_operands
 from gpugrad.core.codegen import intercepted, kind_of, lift, plain
-from gpugrad.core.graph import Pick, mutations, next_seq
+from gpugrad.core.graph import Leaf, Pick, check_alive, mutations, next_seq, reachable
 from gpugrad.core.primitive import Primitive, differentiable
 from gpugrad.core.settings import State, exact
 from gpugrad.core.tensor import SCALARS, Tensor, tensor_of
-from gpugrad.core.walk import on_walk
+from gpugrad.core.walk import on_walk, walk
 from gpugrad.errors import CompileError
 
 __all__ = [
+    "Action",
     "Captured",
+    "End",
     "Name",
+    "Same",
     "Step",
     "Trace",
+    "Walk",
     "Write",
     "active",
     "instead",
@@ -50,7 +55,32 @@ class Name(str):
     __slots__ = ()
 
 
-#: A value as a program comes by it: a name, a constant, or a tuple, list or slice of such.
+@dataclass(frozen=True, eq=False)
+class Same:
+    """An object from outside that is to be the very same one in every call."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class End(Same):
+    """A leaf of the graph, where gradients end."""
+
+
+@dataclass(frozen=True)
+class Wrapped:
+    """A tensor of an array that has a name."""
+
+    name: Name
+
+
+#: A value as a program comes by it: a name, a constant, one of the above, or a tuple, list, slice
+#: or dictionary of such.
 Expression = Any
 
 
@@ -106,6 +136,46 @@ class Write:
 
 
 @dataclass
+class Walk:
+    """A walk back through what has been recorded.
+
+    Attributes
+    ----------
+    seeds:
+        Nodes that it began at, with their gradients.
+    since:
+        The creation number of the last node that it did not go behind.
+    ends:
+        Where it ended, and the names of what arrived there.
+    """
+
+    seeds: list[tuple[Any, Expression]]
+    since: int
+    ends: list[tuple[Any, Name]]
+    place: str
+
+    def said(self) -> tuple[Any, ...]:
+        """What must be the same in every call."""
+        return "a backward pass", [g for _, g in self.seeds], [name for _, name in self.ends]
+
+
+@dataclass
+class Action:
+    """A call of a function that changes something beside its results."""
+
+    function: Callable[..., Any]
+    args: Expression
+    kwargs: Expression
+    results: list[Name]
+    place: str
+
+    def said(self) -> tuple[Any, ...]:
+        """What must be the same in every call."""
+        given = exact(self.args), exact(self.kwargs)
+        return self.function.__qualname__, self.function, given, len(self.results)
+
+
+@dataclass
 class Captured:
     """An array from outside of the function, and the tensors that it was met in."""
 
@@ -116,18 +186,14 @@ class Captured:
     written: bool = False
     #: Whether it was made of no other array: zeros, a list of numbers.
     made: bool = False
+    #: How many steps came before it; 0 where none of them could have changed which array it is.
+    after: int = 0
 
     def note(self, tensor: Tensor) -> None:
         """Add a tensor that has the array."""
         if all(tensor is not x for x in self.tensors):
             self.tensors.append(tensor)
 
-
-class _Active(local):
-    trace: Trace | None = None
-
-
-_active = _Active()
 
 #: What else is to be told to a trace: called with it, for the length of it.
 noticing: list[Callable[[Any], AbstractContextManager[Any]]] = []
@@ -157,21 +223,20 @@ def instead(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None
 
 def tell_made(x: Tensor) -> Tensor:
     """`x`, a tensor that was made of no other array; a trace may take it for a constant."""
-    if _active.trace is not None:
-        _active.trace.made.add(id(x.data))
-        _active.trace.keep(x.data)
+    if tracing.trace is not None:
+        tracing.trace.note_made(x.data)
     return x
 
 
 def active() -> bool:
     """Whether this thread's operations are being traced."""
-    return _active.trace is not None
+    return tracing.trace is not None
 
 
 def refuse(what: str, instead: str) -> NoReturn:
     """Raise for what the function that is being traced does, and a program cannot."""
-    assert _active.trace is not None
-    _active.trace.refuse(what, instead)
+    trace: Trace = tracing.trace
+    trace.refuse(what, instead)
 
 
 class Trace:
@@ -191,6 +256,8 @@ class Trace:
         Modules that were called or may be, by identity, and how they were.
     watched:
         Whether somebody has a hook there: then Python has to run each time.
+    acts:
+        Whether it runs a backward pass, or an action.
     """
 
     def __init__(self, name: str, function: Any, tensors: Sequence[Tensor]) -> None:
@@ -200,7 +267,7 @@ class Trace:
         self.sources: dict[int, Name] = {}
         self._arrays: list[Array] = []  # kept, so that each identity stays its own
         self.captured: dict[Name, Captured] = {}
-        self.steps: list[Step | Write] = []
+        self.steps: list[Step | Write | Walk | Action] = []
         self.draws: list[tuple[Any, tuple[int, int]]] = []
         self.modules: dict[int, State] = {}
         self.made: set[int] = set()
@@ -218,6 +285,8 @@ class Trace:
         self.since = next_seq()
         self._results = 0
         self._inside = self._writing = False
+        self.acts = False
+        self._walked: dict[int, Any] = {}  # nodes that a walk has used up, by identity
         self._trouble: str | None = None
 
     # -- while the function runs ----------------------------------------------------------------
@@ -235,13 +304,13 @@ class Trace:
                 stack.enter_context(instead(type(space), "to_host", _to_host))
             for notice in noticing:
                 stack.enter_context(notice(self))
-            on_walk.append(self._refuse_walk)
-            stack.callback(on_walk.remove, self._refuse_walk)
-            _active.trace = self
+            on_walk.append(self._walk)
+            stack.callback(on_walk.remove, self._walk)
+            tracing.trace = self
             try:
                 yield
             finally:
-                _active.trace = None
+                tracing.trace = None
             self._look_for_changes()
 
     def _look_for_changes(self) -> None:
@@ -252,6 +321,9 @@ class Trace:
                     f"it sets {name!r} of a {type(state.owner).__name__}; change the elements of a "
                     "buffer in place (buffer[...] = value), or return the value"
                 )
+        self._look_for_new_arrays()
+
+    def _look_for_new_arrays(self) -> None:
         for tensor, array, node in self._found:
             if tensor.data is not array or tensor._node is not node:
                 self._trouble = (
@@ -300,14 +372,18 @@ class Trace:
             node.p0 if several and isinstance(node, Pick) else node, place,
         )  # fmt: skip
         for result in results:
-            name = Name(f"t{self._results}")
-            self._results += 1
-            self._call(result.data, name)
-            step.results.append(name)
+            self._result(result, step.results)
             step.shapes.append(tuple(result.data.shape))
         step.tensors = [x if isinstance(x, Tensor) else None for x in operands]
         self.steps.append(step)
         return y
+
+    def _result(self, x: Tensor, names: list[Name]) -> None:
+        """Give the array of a result the next name."""
+        name = Name(f"t{self._results}")
+        self._results += 1
+        self._call(x.data, name)
+        names.append(name)
 
     def _lifted(self, made: Primitive, x: Any, peers: list[Any]) -> Any:
         array = lift(made, x, peers)
@@ -323,9 +399,89 @@ class Trace:
             Write(name, self.expression(index, place), self.expression(value, place), place)
         )
 
+    def act(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run an action, and note it."""
+        if self._inside or self._writing:
+            return function(*args, **kwargs)
+        args, kwargs = _listed(args), _listed(kwargs)
+        place = _place()
+        step = Action(function, self._given(args, place), self._given(kwargs, place), [], place)
+        self._look_for_new_arrays()
+        with self._acting():
+            found = function(*args, **kwargs)
+        if isinstance(found, Tensor):
+            self._result(found, step.results)
+        self.steps.append(step)
+        # What an action has changed is not what operations come upon.
+        self._found = [(x, x.data, x._node) for x, *_ in self._found]
+        return found
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """Note nothing of what happens inside the block."""
+        self.acts = self._inside = self._writing = True
+        try:
+            yield
+        finally:
+            self._inside = self._writing = False
+
+    def _given(self, value: Any, place: str) -> Expression:
+        """What an action was given."""
+        if isinstance(value, Tensor):
+            name = self.names.get(id(value.data))
+            known = name is not None and name not in self.captured
+            return Wrapped(name) if known else Same(value)  # type: ignore[arg-type]
+        if isinstance(value, Leaf):
+            return End(value)
+        if type(value) in (tuple, list):
+            return type(value)(self._given(x, place) for x in value)
+        if type(value) is dict:
+            return {
+                self._given(key, place) if isinstance(key, Leaf) else key: self._given(x, place)
+                for key, x in value.items()
+            }
+        if type(value) in (*SCALARS, str):
+            return value
+        return self.expression(value, place) if is_array(value) else Same(value)
+
+    def _walk(self, seeds: Any, retain: bool, wrap: Any, since: int) -> Any:
+        """Run a walk in the place of :func:`gpugrad.core.walk.walk`, and note it."""
+        if tracing.trace is not self or self._inside:
+            return None
+        if wrap is not None:
+            self.refuse(
+                "records its backward pass", "derivatives of derivatives are for functions that "
+                "are not compiled"
+            )  # fmt: skip
+        place = _place()
+        passed = [*reachable([seed for seed, _ in seeds], since)]
+        for node in passed:
+            if id(node) in self._walked:
+                node.clear()
+                check_alive(node)
+        step = Walk([(seed, self.expression(g, place)) for seed, g in seeds], since, [], place)
+        with self._acting():  # its nodes are still needed: to write down what was done
+            borrowed, owned = walk(seeds, retain=True, since=since)
+        for end, g in (*borrowed.items(), *owned.items()):
+            name = Name(f"g{self._results}")
+            self._results += 1
+            self._call(g, name)
+            step.ends.append((end, name))
+        if not retain:
+            self._walked |= {id(node): node for node in passed if node.seq > since}
+        self.steps.append(step)
+        return borrowed, owned
+
+    def release(self) -> None:
+        """Release what walks have used up, as they would have done."""
+        for node in self._walked.values():
+            node.clear()
+        self._walked.clear()
+
     def draw(self, generator: Any, pair: tuple[int, int]) -> None:
         """Note that a generator named a draw."""
-        self.draws.append((generator, pair))
+        if not self._writing:
+            self.draws.append((generator, pair))
 
     def module(self, module: Any, watched: bool) -> None:
         """Note that a module is called, or may be."""
@@ -333,9 +489,10 @@ class Trace:
             self.modules[id(module)] = State(module)
         self.watched = self.watched or watched
 
-    def keep(self, array: Array) -> None:
-        """Keep an array for the length of the trace."""
-        self._arrays.append(array)
+    def note_made(self, array: Array) -> None:
+        """Note an array that was made of no other one."""
+        self.made.add(id(array))
+        self._arrays.append(array)  # so that its identity stays its own
 
     def refuse(self, what: str, instead: str) -> NoReturn:
         """Raise for what a program cannot do."""
@@ -348,13 +505,6 @@ class Trace:
                 f"compile: {self.name} looks at the value of a tensor at {_place()} (item, numpy, "
                 "if, print, ...); a program runs without looking, so return the tensor and look at "
                 "it outside, or choose with gg.where"
-            )
-
-    def _refuse_walk(self, seeds: Any, since: int) -> None:
-        if _active.trace is self:
-            raise CompileError(
-                f"compile: {self.name} runs a backward pass at {_place()}; compile what computes "
-                "the loss, and call backward on the result"
             )
 
     # -- names ------------------------------------------------------------------------------------
@@ -396,7 +546,8 @@ class Trace:
         if id(array) not in self.names:
             name = Name(f"w{len(self.captured)}")
             made = id(array) in self.made
-            self.captured[name] = Captured(name, array, place, made=made)
+            after = len(self.steps) if self.acts else 0
+            self.captured[name] = Captured(name, array, place, made=made, after=after)
             self._call(array, name)
         return self.names[id(array)]
 
@@ -435,6 +586,9 @@ class Trace:
         for step in self.steps:
             if isinstance(step, Step):
                 step.tensors, step.node = [], None
+            elif isinstance(step, Walk):
+                step.seeds = [(None, g) for _, g in step.seeds]
+                step.ends = [(None, name) for _, name in step.ends]
 
     def difference(self, earlier: Trace) -> str | None:
         """What the function did otherwise in an earlier call, or beside operations; or None."""
@@ -502,8 +656,21 @@ def _has_mask(value: Any) -> bool:
     return str(getattr(value, "dtype", "")).rpartition(".")[2] == "bool"
 
 
-def _told(step: Step | Write) -> str:
+def _listed(value: Any) -> Any:
+    """Arguments with a list in the place of what can be gone through once."""
+    if isinstance(value, dict):
+        return {name: _listed(x) for name, x in value.items()}
+    if type(value) is tuple:
+        return tuple(map(_listed, value))
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def _told(step: Step | Write | Walk | Action) -> str:
     """A step in a message."""
+    if isinstance(step, Walk):
+        return "a backward pass"
+    if isinstance(step, Action):
+        return f"a call of {step.function.__qualname__}"
     if isinstance(step, Write):
         return f"{step.target}[{step.index}] = {step.value}"
     values = [*map(str, step.operands), *(f"{k}={v}" for k, v in step.parameters.items())]
@@ -514,14 +681,14 @@ def _told(step: Step | Write) -> str:
 
 
 def _around(made: Primitive, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    trace = _active.trace
+    trace = tracing.trace
     if trace is None or trace._inside:
         return plain(made)(*args, **kwargs)
     return trace.operation(made, args, kwargs)
 
 
 def _write(found: Callable[..., Any], target: Tensor, name: str, index: Any, value: Any) -> None:
-    trace = _active.trace
+    trace = tracing.trace
     if trace is None:
         found(target, name, index, value)
         return
@@ -534,24 +701,24 @@ def _write(found: Callable[..., Any], target: Tensor, name: str, index: Any, val
 
 
 def _detach(found: Callable[..., Any], x: Tensor) -> Any:
-    if _active.trace is not None:
-        _active.trace.expression(x, _place())  # what is returned has its array, and not its place
+    if tracing.trace is not None:
+        tracing.trace.expression(x, _place())  # what is returned has its array, and not its place
     return found(x)
 
 
 def _mark(found: Callable[..., Any], changes: Any, what: Any) -> Any:
-    trace = _active.trace
+    trace = tracing.trace
     if trace is not None and not trace._writing:
         trace._trouble = (
-            "an array was changed in place by other means than indexing and +=; optimisers, "
-            "clipping and zero_grad belong outside of the function"
+            "an array was changed in place by other means than indexing, +=, optimisers and "
+            "clipping; do that outside of the function"
         )
     return found(changes, what)
 
 
 def _to_host(found: Callable[..., Any], space: Backend, x: Array) -> Any:
-    if _active.trace is not None:
-        _active.trace.read()
+    if tracing.trace is not None:
+        tracing.trace.read()
     return found(space, x)
 
 

@@ -24,8 +24,9 @@ from gpugrad.core.primitive import differentiable
 from gpugrad.core.rules import pullback
 from gpugrad.errors import DTypeError, FreedGraphError, InplaceError, ShapeError
 
-#: Told of the nodes that a walk begins at, and where it ends, before it begins.
-on_walk: list[Callable[[list[Any], int], None]] = []
+#: Told of a walk before it begins: the arguments of :func:`walk`, by position. One that returns
+#: something has run it.
+on_walk: list[Callable[[Sequence[tuple[Any, Any]], bool, Any, int], Any]] = []
 
 
 def walk(
@@ -61,7 +62,9 @@ def walk(
     """
     if on_walk:
         for notice in on_walk:
-            notice([seed for seed, _ in seeds], since)
+            found = notice(seeds, retain, wrap, since)
+            if found is not None:
+                return found  # type: ignore[no-any-return]
     plus, add_into = graph.plus, graph.add_into
     borrowed: dict[Any, Any] = {}
     owned: dict[Any, Any] = {}

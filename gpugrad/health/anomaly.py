@@ -156,10 +156,10 @@ class detect_anomaly:
 
     # -- backward ---------------------------------------------------------------------------------
 
-    def _before_walk(self, seeds: list[Any], since: int) -> None:
+    def _before_walk(self, seeds: Any, retain: bool, wrap: Any, since: int) -> None:
         if self.active and get_ident() == self._thread:
             self._settle()
-            for node in reachable(seeds, since):
+            for node in reachable([seed for seed, _ in seeds], since):
                 self._watch(node, _NOWHERE)
 
     def _watch(self, node: Any, at: _Place) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from gpugrad.backend import as_dtype
+from gpugrad.core.actions import action
 from gpugrad.core.compiling import Compiled
 from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.graph import Leaf
@@ -312,6 +313,7 @@ class Module:
             p.requires_grad_(requires_grad)
         return self
 
+    @action
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of every parameter, or fill them with zeros."""
         clear_grads(self.parameters(), set_to_none)

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpugrad import ops
 from gpugrad.clip import check_bound, clip_by_value_, coefficient, scale_, total_norm
+from gpugrad.core.actions import action
 from gpugrad.core.autocast import current_autocast
 from gpugrad.core.modes import no_grad
 from gpugrad.core.recompute import recomputed
@@ -162,6 +163,7 @@ def get_total_norm(
     return norm
 
 
+@action
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -183,6 +185,7 @@ def clip_grads_with_norm_(
     scale_(_grads(parameters), coefficient(total_norm, max_norm))
 
 
+@action
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
@@ -221,6 +224,7 @@ def clip_grad_norm_(
     return norm
 
 
+@action
 def clip_grad_value_(
     parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
 ) -> None:
@@ -254,6 +258,7 @@ def parameters_to_vector(parameters: Iterable[Tensor]) -> Tensor:
     return vector
 
 
+@action
 def vector_to_parameters(vec: Tensor, parameters: Iterable[Tensor]) -> None:
     """Copy the elements of a vector into parameters, one after the other.
 

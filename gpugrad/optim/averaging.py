@@ -30,6 +30,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.clip.norms import cast
+from gpugrad.core.actions import action
 from gpugrad.core.conversion import tensor
 from gpugrad.core.graph import mutations
 from gpugrad.core.modes import no_grad
@@ -190,6 +191,7 @@ class AveragedModel(Module):
         return self.module(*args, **kwargs)
 
     @no_grad()
+    @action
     def update_parameters(self, model: Module) -> None:
         """Let the averages take in the parameters of a net like the one that was copied.
 
@@ -363,6 +365,7 @@ def _is_whole(arena: Arena) -> bool:
 
 
 @no_grad()
+@action
 def update_bn(loader: Iterable[Any], model: Module, device: str | None = None) -> None:
     """Find the running averages of a net's batch normalisations anew, from all batches of a loader.
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsFloat
 
+from gpugrad.core.actions import action
 from gpugrad.optim.optimizer import Optimizer
 from gpugrad.optim.schedulers import LRScheduler
 
@@ -60,6 +61,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         self.T_i = self.T_0
         super().__init__(optimizer, last_epoch)
 
+    @action
     def step(self, epoch: float | None = None) -> None:
         """Set the learning rates of the next epoch, or those of a given one, also a fraction."""
         self._check_groups(len(self.base_lrs))
@@ -262,6 +264,7 @@ class ReduceLROnPlateau(LRScheduler):
         self.last_epoch = 0
         self._last_lr = [float(group["lr"]) for group in self._groups()]
 
+    @action
     def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Take note of a measure, a number or a tensor, which the host waits for.
 

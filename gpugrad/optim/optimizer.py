@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
+from gpugrad.core.actions import action
 from gpugrad.core.conversion import asarray, tensor
 from gpugrad.core.handle import RemovableHandle, add_hook
 from gpugrad.core.modes import enable_grad
@@ -155,6 +156,7 @@ class Optimizer:
     def check(self, group: Group) -> None:
         """Raise OptimizerError for hyperparameters outside their range; for subclasses."""
 
+    @action
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of every parameter, or fill them with zeros."""
         clear_grads(self._params(), set_to_none)
@@ -164,6 +166,7 @@ class Optimizer:
 
     # -- the step ---------------------------------------------------------------------------------
 
+    @action
     def step(
         self,
         closure: Callable[[], Any] | None = None,

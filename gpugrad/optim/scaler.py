@@ -11,6 +11,7 @@ import numpy as np
 
 from gpugrad.backend import SPACES, Array, Backend
 from gpugrad.clip import nonfinite_count, scale_
+from gpugrad.core.actions import action
 from gpugrad.core.graph import mutations
 from gpugrad.core.tensor import Tensor, tensor_of
 from gpugrad.errors import DTypeError, GpugradError, ParameterError
@@ -179,6 +180,7 @@ class GradScaler:
 
     # -- PyTorch's form ----------------------------------------------------------------------------
 
+    @action
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients of an optimiser's parameters by the scale, in place.
 
@@ -213,6 +215,7 @@ class GradScaler:
             self._note(stage, *flags)
         stage.unscaled = True
 
+    @action
     def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         """`optimizer.step(*args, **kwargs)` on unscaled gradients, skipped if one is not finite.
 
@@ -243,6 +246,7 @@ class GradScaler:
         stage.stepped = True
         return result
 
+    @action
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Adapt the scale to what the steps since the last update found, or set it to `new_scale`.
 

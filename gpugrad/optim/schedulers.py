@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from gpugrad.core.actions import action
 from gpugrad.optim.errors import OptimizerError
 from gpugrad.optim.optimizer import Group, Optimizer
 
@@ -168,6 +169,7 @@ class LRScheduler:
         """Go back to before the beginning."""
         self.last_epoch = -1
 
+    @action
     def step(self, epoch: int | None = None) -> None:
         """Set the learning rates of the next epoch, or those of a given one."""
         self._check_groups(len(self.base_lrs))

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpugrad.core.actions import action
 from gpugrad.optim.cycles import ReduceLROnPlateau
 from gpugrad.optim.optimizer import Optimizer
 from gpugrad.optim.schedulers import CosineAnnealingLR, LinearLR, LRScheduler
@@ -116,6 +117,7 @@ class SequentialLR(_Several):
         first._begin()
         self._last_lr = first.get_last_lr()
 
+    @action
     def step(self) -> None:  # type: ignore[override]
         """Set the learning rates of the next epoch."""
         self.last_epoch += 1
@@ -157,6 +159,7 @@ class ChainedScheduler(_Several):
             scheduler._begin()
         self._note()
 
+    @action
     def step(self) -> None:  # type: ignore[override]
         """Set the learning rates of the next epoch."""
         for scheduler in self._schedulers:
@@ -213,6 +216,7 @@ class WarmupCosineLR(SequentialLR):
         wave = CosineAnnealingLR(optimizer, total_steps - warmup_steps, eta_min)
         super().__init__(optimizer, [line, wave], [warmup_steps])
 
+    @action
     def step(self) -> None:  # type: ignore[override]
         """Set the learning rates of the next step."""
         if self.last_epoch < self.total_steps:

@@ -14,6 +14,7 @@ import pytest
 
 import gpugrad as gg
 from gpugrad import nn, optim
+from gpugrad.clip import clip_by_norm_
 from gpugrad.core import compiling
 from gpugrad.errors import CompileError, InplaceError, OutOfRangeError
 from gpugrad.nn import functional as F
@@ -52,21 +53,17 @@ def test_a_backward_pass_inside() -> None:
         (x * 2).sum().backward()
         return x * 1
 
-    with pytest.raises(
-        CompileError, match=r"backward pass at test_compile_limits.py.* call backward on"
-    ):
+    with pytest.raises(CompileError, match=r"goes on outside of it; detach what it is given"):
         call_often(function, leaf(1.0))
 
 
-def test_an_optimiser_inside() -> None:
+def test_a_change_of_an_array_inside() -> None:
     w = leaf(1.0)
     w.grad = gg.tensor([1.0])
-    optimizer = optim.SGD([w], lr=0.1)
 
     def function(x):
-        y = x * w
-        optimizer.step()
-        return y
+        clip_by_norm_([w.grad], 0.5)
+        return x * w
 
     with pytest.raises(CompileError, match=r"changed in place by other means .* optimisers"):
         call_often(function, gg.tensor([1.0]))
