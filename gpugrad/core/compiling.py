@@ -276,7 +276,7 @@ def compile(function: Callable[..., Any]) -> Compiled:
             loss_of(x, y).backward()
             optimizer.step(clip=1.0)
 
-    Or compile the whole step. A backward pass, `zero_grad`, optimisers, schedulers, loss scaling,
+    Or compile the whole step. Backward passes, `zero_grad`, optimisers, schedulers, loss scaling,
     `clip_grad_norm_` and averages of weights may be inside; what is returned has no graph then::
 
         @gg.compile

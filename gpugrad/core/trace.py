@@ -284,7 +284,7 @@ class Trace:
             self._found.append((twin, twin.data, twin._node))
         self.since = next_seq()
         self._results = 0
-        self._inside = self._writing = False
+        self._inside = self._writing = self._busy = False
         self.acts = False
         self._walked: dict[int, Any] = {}  # nodes that a walk has used up, by identity
         self._trouble: str | None = None
@@ -401,7 +401,7 @@ class Trace:
 
     def act(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run an action, and note it."""
-        if self._inside or self._writing:
+        if self._busy or self._inside:
             return function(*args, **kwargs)
         args, kwargs = _listed(args), _listed(kwargs)
         place = _place()
@@ -419,11 +419,11 @@ class Trace:
     @contextmanager
     def _acting(self) -> Iterator[None]:
         """Note nothing of what happens inside the block."""
-        self.acts = self._inside = self._writing = True
+        self.acts = self._inside = self._writing = self._busy = True
         try:
             yield
         finally:
-            self._inside = self._writing = False
+            self._inside = self._writing = self._busy = False
 
     def _given(self, value: Any, place: str) -> Expression:
         """What an action was given."""
@@ -480,7 +480,7 @@ class Trace:
 
     def draw(self, generator: Any, pair: tuple[int, int]) -> None:
         """Note that a generator named a draw."""
-        if not self._writing:
+        if not self._busy:
             self.draws.append((generator, pair))
 
     def module(self, module: Any, watched: bool) -> None:
@@ -689,7 +689,7 @@ def _around(made: Primitive, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def _write(found: Callable[..., Any], target: Tensor, name: str, index: Any, value: Any) -> None:
     trace = tracing.trace
-    if trace is None:
+    if trace is None or trace._busy:
         found(target, name, index, value)
         return
     trace.write(target, index, value)
@@ -701,7 +701,7 @@ def _write(found: Callable[..., Any], target: Tensor, name: str, index: Any, val
 
 
 def _detach(found: Callable[..., Any], x: Tensor) -> Any:
-    if tracing.trace is not None:
+    if tracing.trace is not None and not tracing.trace._busy:
         tracing.trace.expression(x, _place())  # what is returned has its array, and not its place
     return found(x)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpugrad as gg
-from gpugrad import nn, optim
+from gpugrad import nn
 from gpugrad.clip import clip_by_norm_
 from gpugrad.core import compiling
 from gpugrad.errors import CompileError, InplaceError, OutOfRangeError

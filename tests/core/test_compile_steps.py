@@ -292,6 +292,10 @@ def test_frozen_parameters_and_other_modes() -> None:
 def test_what_a_program_cannot_do(function, message) -> None:
     w = leaf(2.0)
     compiled = gg.compile(lambda x: function(x, w))
-    with pytest.raises(CompileError, match=message):
+
+    def call_often():
         for i in range(5):
             compiled(gg.tensor([1.0 + i]))
+
+    with pytest.raises(CompileError, match=message):
+        call_often()
