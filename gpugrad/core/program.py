@@ -321,6 +321,7 @@ class _Writer:
                 blocks += self._walks[id(step)][0]
             else:
                 blocks.append(self._lines(step))
+        blocks.append(loads.pop(len(trace.steps), []))  # what is only returned
         results = [
             f"copy({name})" if self._is_constant(name) else name for name in self.names
         ]  # fmt: skip

@@ -138,6 +138,20 @@ def test_a_graph_that_is_used_twice() -> None:
         gg.compile(twice(False))(gg.tensor([0.1]))
 
 
+def test_what_is_only_returned() -> None:
+    w, other = leaf(1.0), gg.tensor([7.0])
+
+    @gg.compile
+    def step(x):
+        gg.sum(x * w).backward()
+        return other, w.detach()
+
+    for i in range(4):
+        a, b = step(gg.tensor([1.0 + i]))
+        assert (a.tolist(), b.tolist()) == ([7.0], [1.0])
+    assert is_program(step)
+
+
 def test_gradients_as_results() -> None:
     def loss(w, x):
         return gg.sum(gg.tanh(x * w))
