@@ -432,6 +432,12 @@ class Trace:
             known = name is not None and name not in self.captured
             return Wrapped(name) if known else Same(value)  # type: ignore[arg-type]
         if isinstance(value, Leaf):
+            met = (x for found in self.captured.values() for x in found.tensors)
+            if all(x._node is not value for x in met):
+                self.refuse(
+                    "keeps a gradient in .grad of a tensor that is an argument, or that it does "
+                    "not use itself", "let gg.grad return it, or call backward outside"
+                )  # fmt: skip
             return End(value)
         if type(value) in (tuple, list):
             return type(value)(self._given(x, place) for x in value)
@@ -598,6 +604,8 @@ class Trace:
             return "other generators of random numbers were asked; make them outside"
         for a, b in zip(earlier.steps, self.steps):
             if a.said() != b.said():
+                if _told(a) == _told(b):
+                    return f"at {b.place} {_told(b)} is for other objects than the one before"
                 return f"at {b.place} there was {_told(a)}, and then {_told(b)}"
         if len(earlier.steps) != len(self.steps):
             return f"there were {len(earlier.steps)} operations, and then {len(self.steps)}"
@@ -670,7 +678,8 @@ def _told(step: Step | Write | Walk | Action) -> str:
     if isinstance(step, Walk):
         return "a backward pass"
     if isinstance(step, Action):
-        return f"a call of {step.function.__qualname__}"
+        name = step.function.__qualname__
+        return "keeping gradients in .grad" if name == "deposit" else f"a call of {name}"
     if isinstance(step, Write):
         return f"{step.target}[{step.index}] = {step.value}"
     values = [*map(str, step.operands), *(f"{k}={v}" for k, v in step.parameters.items())]
