@@ -97,23 +97,23 @@ def _with_gpugrad(net: Net, data: Data, size: tuple[Any, ...], who: Contender) -
     ]
     number = 0
 
-    def loss_of(x: Any, target: Any) -> Any:
+    def update(x: Any, target: Any) -> Any:
+        optimizer.zero_grad()
         y = model(x)
-        return nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape(-1))
+        loss = nn.functional.cross_entropy(y.reshape((-1, y.shape[-1])), target.reshape(-1))
+        loss.backward()
+        optimizer.step(clip=CLIP)
+        return loss.detach()
 
     compiled = who.variant == "compiled"
-    forward = gg.compile(loss_of) if compiled else loss_of
+    function = gg.compile(update) if compiled else update
 
     def run() -> Any:
         nonlocal number
         x, target = rows[number % BATCHES]
         number += 1
         with gg.use_kernels("auto" if compiled else who.variant):
-            optimizer.zero_grad()
-            loss = forward(x, target)
-            loss.backward()
-            optimizer.step(clip=CLIP)
-        return loss.detach()
+            return function(x, target)
 
     return losses(run)
 

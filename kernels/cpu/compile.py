@@ -24,13 +24,14 @@ from numba import njit, types
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.extending import intrinsic
 
+from gpugrad.backend.tape import call
 from gpugrad.errors import KernelError
 from gpugrad.kernels import template
 from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.disk import cache_folder
 from gpugrad.kernels.template import Template, arithmetic
 
-__all__ = ["CPU", "VECTOR", "parallel", "serial", "storage_view"]
+__all__ = ["CPU", "VECTOR", "copied", "parallel", "serial", "storage_view"]
 
 #: Vector instructions need leave to add up in another order; NaN and infinity keep their meaning.
 LOOP = {"contract", "reassoc", "nsz"}
@@ -121,10 +122,17 @@ def in_a_row(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     to: for Numba it is another type, and every loop would be compiled once more.
     """
     if not x.flags.c_contiguous or not x.flags.aligned:
-        x = x.copy()
+        x = copied(x)
     elif not x.flags.writeable:
         x = np.asarray(_Writable(x))
     return storage_view(x)
+
+
+def copied(x: np.ndarray[Any, Any], dtype: Any = None) -> np.ndarray[Any, Any]:
+    """A copy whose elements lie one after the other, of another type perhaps."""
+    made = np.empty(x.shape, x.dtype if dtype is None else dtype)
+    call(np.copyto, made, x)
+    return made
 
 
 class _Writable:

@@ -17,7 +17,8 @@ import numpy as np
 
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
-from gpugrad.kernels.cpu.compile import numpy_storage, serial
+from gpugrad.backend.tape import call, replayable, spoil
+from gpugrad.kernels.cpu.compile import copied, numpy_storage, serial
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.softmax import (
     Array,
@@ -187,6 +188,24 @@ def _gradient_tile(x, same, gx, i, a, b, more):
             write(gx, (i, t, a + k), e - (even[k] * w + point[k]))
 
 
+# -- all rows -------------------------------------------------------------------------------------
+
+
+@serial
+def _add_up(losses, weights, mean, y, counted):
+    total, weight = np.float64(0), np.float64(0)
+    for i in range(losses.size):
+        total += np.float64(losses[i])
+        weight += np.float64(weights[i])
+    counted[()] = T(weight)
+    y[()] = T(total / weight) if mean else T(total)
+
+
+@serial
+def _divide(g, counted, above):
+    above[0] = g[0] / T(counted[()])
+
+
 _losses = Loops(_loss_row, _loss_tile)
 _gradients = Loops(_gradient_row, _gradient_tile)
 
@@ -199,9 +218,11 @@ def _told(
     """What the functions of rows and tiles are told of the targets, beside the logits."""
     numbers = _numbers(input.dtype, input.shape[1], ignore_index, label_smoothing)
     if target.ndim != 1 or target.dtype != np.int64 or not target.flags.c_contiguous:
-        target = np.ascontiguousarray(target, np.int64).reshape(-1)
+        plain = target.dtype == np.int64 and target.flags.c_contiguous
+        target = (target if plain else copied(target, np.int64)).reshape(-1)
     if weight is None:
         return target, *numbers
+    spoil("weights of classes, which are added up")
     none, *others, classes = numbers
     weight = np.ascontiguousarray(weight, none.dtype)
     return target, weight, *others, weight.sum() if weight.size else classes
@@ -215,6 +236,7 @@ def _numbers(dtype: Any, classes: int, ignore_index: int, label_smoothing: float
     return np.empty(0, wide), np.int64(ignore_index), wide(certain), wide(spread), wide(classes)
 
 
+@replayable
 def class_cross_entropy(
     m: Backend,
     input: Array,
@@ -229,16 +251,17 @@ def class_cross_entropy(
     rows = told[0].size
     losses, largest, total, weights = of_rows = np.empty((4, rows), told[1].dtype)
     _losses(1, input, more=(*told, *of_rows), result=False)
-    y: Any = losses.reshape(target.shape) if reduction == "none" else np.add.reduce(losses)
-    counted = np.add.reduce(weights)
-    if reduction == "mean":
-        y = y / counted
+    y, counted = np.empty((), losses.dtype), np.empty((), losses.dtype)
+    call(_add_up[losses.dtype.name], losses, weights, reduction == "mean", y, counted)
+    if reduction == "none":
+        y = losses.reshape(target.shape)
+    y = y if y.dtype == input.dtype else copied(y, input.dtype)
     if target.ndim != 1:
         largest, total = largest.reshape(target.shape), total.reshape(target.shape)
-    kept = (largest, total, np.asarray(counted))
-    return (np.asarray(y, input.dtype), *kept)
+    return y, largest, total, counted
 
 
+@replayable
 def class_cross_entropy_backward(
     m: Backend,
     input: Array,
@@ -254,13 +277,13 @@ def class_cross_entropy_backward(
 ) -> Array:
     """The gradient of the logits."""
     told = _told(input, target, weight, ignore_index, label_smoothing)
-    above = np.asarray(g, told[1].dtype)
-    if reduction == "mean":
-        above = above / counted
+    above = g if g.dtype == told[1].dtype else copied(g, told[1].dtype)
     above, largest, total = [
-        x if x.ndim == 1 and x.flags.c_contiguous else np.ascontiguousarray(x).reshape(-1)
-        for x in (above, largest, total)
+        (x if x.flags.c_contiguous else copied(x)).reshape(-1) for x in (above, largest, total)
     ]
+    if reduction == "mean":
+        above, undivided = np.empty(1, above.dtype), above
+        call(_divide[above.dtype.name], undivided, counted, above)
     each = np.int64(reduction == "none")
     return _gradients(1, input, more=(*told, above, each, largest, total))
 

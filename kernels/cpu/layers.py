@@ -25,6 +25,7 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import replayable
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.gemm import GRAIN, available, rows_product
@@ -314,6 +315,7 @@ def homes_of(
 # -- what the backend calls ------------------------------------------------------------------------
 
 
+@replayable
 def layers(
     m: Backend, *arrays: Array, activation: str = "relu", ends: bool = False
 ) -> tuple[Array, Array]:
@@ -334,6 +336,7 @@ def layers(
     return y, kept
 
 
+@replayable
 def layers_backward(
     m: Backend, g: Array, arrays: Sequence[Array], kept: Array, activation: str, ends: bool,
     needs: tuple[bool, ...], arrays_home: Sequence[Array | None],

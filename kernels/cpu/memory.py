@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from numba import carray, prange, types
 from numba.extending import intrinsic
 
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import address
 from gpugrad.kernels.cpu.compile import VECTOR, numpy_storage, parallel, serial
 from gpugrad.kernels.template import T, device
 
@@ -66,17 +66,6 @@ def matrix(at, rows, columns):
 def vector(at, n):
     """The same with one axis."""
     return carray(pointer(at, T(0)), (n,))
-
-
-#: NumPy's C interface puts an array's address behind what each Python object begins with.
-_AT: Any = ctypes.c_ssize_t.from_address
-_BEHIND = object.__basicsize__
-
-
-def address(x: Array) -> int:
-    """Where the first element of an array is: `x.ctypes.data`, which takes eight times as long."""
-    found: int = _AT(id(x) + _BEHIND).value
-    return found
 
 
 @device

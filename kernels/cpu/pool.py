@@ -40,6 +40,7 @@ from typing import Any
 import numba
 from numba import types
 
+from gpugrad.backend.tape import gate, note
 from gpugrad.errors import ParameterError
 from gpugrad.kernels.cpu import openblas
 
@@ -340,6 +341,8 @@ class Launch:
         self.alone = alone
 
     def __call__(self, *args: Any) -> Any:
+        if gate:
+            note(self, args)
         if _pool.free:
             return self.threaded(*args)
         return _launch(self, args)
@@ -352,6 +355,14 @@ class Launch:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.threaded, name)
+
+
+def here(kernel: Any, *args: Any) -> Any:
+    """Launch on this thread alone, for work that is done before others are awake."""
+    alone = getattr(kernel, "alone", kernel)  # a plain function where kernels are interpreted
+    if gate:
+        note(alone, args)
+    return alone(*args)
 
 
 def _launch(kernel: Launch, args: tuple[Any, ...]) -> Any:

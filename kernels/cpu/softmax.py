@@ -21,9 +21,11 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
+from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.cpu.compile import (
     VECTOR,
     CpuTemplate,
+    copied,
     numpy_storage,
     parallel,
     serial,
@@ -66,6 +68,9 @@ TILE, NARROWEST, WIDEST = 1 << 15, 64, 1024
 
 #: Elements of each row of a tile that are added up by themselves.
 STRETCH = 64
+
+#: Elements that one thread is done with before others are awake, and how many a row is worth.
+FEW, FIXED = 1 << 15, 64
 
 #: How far an element may lie above what exponentials are relative to.
 MARGIN = 30.0
@@ -319,7 +324,11 @@ class Loops:
             laid = [storage_view(x) for x in operands]
             out = empty(first.shape, first.dtype) if result else first
             places = storage_view(out) if result else laid[0]
-            self.rows[numpy_storage(first.dtype)](laid[0], laid[-1], places, more)
+            rows = self.rows[numpy_storage(first.dtype)]
+            if first.size + FIXED * len(first) < FEW:
+                pool.here(rows, laid[0], laid[-1], places, more)
+            else:
+                rows(laid[0], laid[-1], places, more)
             return out
         length, inner = first.shape[axis], prod(first.shape[axis + 1 :])
         # Rows may lie one after the other although their axis is not the last: a transposed view.
@@ -328,7 +337,9 @@ class Loops:
             kernel, shape = self.rows, [-1, length]
         else:
             kernel, shape, turned = self.tiles, [-1, length, inner], operands
-        laid = [storage_view(np.ascontiguousarray(x).reshape(shape)) for x in turned]
+        laid = [
+            storage_view((x if x.flags.c_contiguous else copied(x)).reshape(shape)) for x in turned
+        ]
         out = empty(turned[0].shape, first.dtype) if result else first
         places = storage_view(out.reshape(shape)) if result else laid[0]
         kernel[numpy_storage(first.dtype)](laid[0], laid[-1], places, more)
@@ -339,9 +350,9 @@ class Loops:
     ) -> Array:
         """Rows shorter than a vector: copies in which those of many rows lie side by side."""
         shape = operands[0].shape
-        turned = [x.reshape(-1, shape[-1]).T.copy()[None] for x in operands]
+        turned = [copied(x.reshape(-1, shape[-1]).T)[None] for x in operands]
         out = self(1, *turned, more=more, result=result)
-        return out[0].T.copy().reshape(shape) if result else operands[0]
+        return copied(out[0].T).reshape(shape) if result else operands[0]
 
 
 # -- what the backend calls -----------------------------------------------------------------------

@@ -27,6 +27,7 @@ from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.memory import squares
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import call, replayable
 from gpugrad.kernels.cpu import layers as small
 from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.cpu.bias import CHUNKS
@@ -446,6 +447,7 @@ def _case(shape: tuple[int, ...], dtype: Any, widths: bytes, activation: str, en
     )
 
 
+@replayable
 def layers(
     m: Backend, *arrays: Array, activation: str = "relu", ends: bool = False
 ) -> tuple[Array, Array]:
@@ -466,6 +468,7 @@ def layers(
     return y, kept
 
 
+@replayable
 def layers_backward(
     m: Backend, g: Array, arrays: Sequence[Array], kept: Array, activation: str, ends: bool,
     needs: tuple[bool, ...], arrays_home: Sequence[Array | None],
@@ -485,10 +488,14 @@ def layers_backward(
         0 if gx is None else address(gx), ends, gz + beside.nbytes // 2, sums,
         pool.get_num_threads(),
     )  # fmt: skip
-    for home, total in zip(arrays_home[1:], sums.ravel().tolist()):
-        if home is not None and total < math.inf:  # and not NaN
-            squares[id(home)] = total
+    call(_note_squares, [None if home is None else id(home) for home in arrays_home[1:]], sums)
     return [gx, *homes]
+
+
+def _note_squares(homes: Sequence[int | None], sums: Array) -> None:
+    for home, total in zip(homes, sums.ravel().tolist()):
+        if home is not None and total < math.inf:  # and not NaN
+            squares[home] = total
 
 
 def _refuse(m: Backend, *arrays: Any, activation: str = "relu", ends: bool = False) -> str | None:

@@ -1,0 +1,317 @@
+"""Programs run again as what they launch: see :mod:`gpugrad.backend.tape`.
+
+A program that leaves no graph uses up all of its memory before it returns. Where all that it does
+is done by launches, it is recorded once; from then on its launches are made again, in memory that
+is kept for them, with other inputs put in their places. Actions are called as they are, but for
+gradients: a leaf gets its gradient back where it lies.
+
+A step is run from its text instead while things are not as they were: while somebody holds a
+gradient, say, that it would write over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from sys import getrefcount
+from threading import get_ident
+from types import CodeType
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from gpugrad.backend.kernels import Settled
+from gpugrad.backend.memory import squares
+from gpugrad.backend.tape import Tape, address, is_replayable
+from gpugrad.core.graph import Leaf, destination
+from gpugrad.core.tensor import Tensor, deposit, tensor_of
+
+__all__ = ["Replay", "record"]
+
+#: Bytes of a result that are copied without a thought.
+SMALL = 1 << 16
+
+_deposit: Any = deposit.__wrapped__  # type: ignore[attr-defined]
+
+Bounds = tuple[int, int]
+Maker = Callable[[Sequence[Any], Sequence[int]], Any]
+
+
+class Replay:
+    """What a program launches.
+
+    Parameters
+    ----------
+    recorder:
+        What was found out while it ran.
+    inputs, outputs:
+        The arrays that it ran with, and those that it returned.
+    """
+
+    def __init__(self, recorder: _Recorder, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        tape = recorder.tape
+        self._thread = get_ident()
+        self._busy = False
+        self._outputs = list(outputs)
+        self._kept = list(tape.kept.values())
+        self._sizes = [x.itemsize for x in inputs]
+        bounds = [byte_bounds(x) for x in inputs]
+        #: Functions with their arguments, and what makes those that depend on the inputs.
+        self._calls = []
+        for function, given in tape.calls:
+            args, makers = [*given], _makers(given, bounds)
+            for i, _ in makers:
+                args[i] = None
+            self._calls.append((function, args, makers))
+        leaves = recorder.leaves
+        recorder.forget()
+        self._leaves = [(leaf, leaf.home, had, *_references(leaf)) for leaf, had in leaves]
+
+    def run(self, inputs: Sequence[Any]) -> list[Any] | None:
+        """The results for these inputs; None if the program has to be run from its text."""
+        if self._busy or self._thread != get_ident():
+            return None
+        places = []
+        for x, size in zip(inputs, self._sizes):
+            place = address(x)
+            if place % size or not x.flags.writeable:
+                return None
+            places.append(place)
+        for leaf, home, had, of_grad, of_array in self._leaves:
+            if leaf.home is not home or leaf.extra is not None:
+                return None
+            if leaf.grad is None:
+                of_grad, of_array = 0, of_array - 1
+            elif not had:
+                return None
+            if _references(leaf) != (of_grad, of_array):
+                return None
+        self._busy = True
+        try:
+            for function, args, makers in self._calls:
+                for i, make in makers:
+                    args[i] = make(inputs, places)
+                function(*args)
+                for i, _ in makers:
+                    args[i] = None
+        finally:
+            self._busy = False
+        return [x.copy() for x in self._outputs]
+
+
+def _references(leaf: Any) -> tuple[int, int]:
+    """How many there are to a gradient, and to its memory: more than usual if somebody looks."""
+    of_array = getrefcount(leaf.home.lent())
+    return (0 if leaf.grad is None else getrefcount(leaf.grad)), of_array
+
+
+def record(
+    code: CodeType,
+    text: str,
+    scope: dict[str, Any],
+    actions: Collection[Any],
+    tensors: Sequence[Tensor],
+    inputs: Sequence[Any],
+) -> tuple[list[Any], Replay | str]:
+    """Run a program, and find out what it launches.
+
+    Parameters
+    ----------
+    code, text, scope:
+        The program, and what its names stand for.
+    actions:
+        The functions in it that are actions.
+    tensors:
+        Those from outside.
+    inputs:
+        The arrays to run it with.
+
+    Returns
+    -------
+    The arrays that it returns, and what is to be run from now on; or why that cannot be.
+    """
+    outside = [x.data for x in tensors]
+    recorder = _Recorder({id(x) for x in (*outside, *inputs)}, actions)
+    had = {id(x._node): x._node.grad is not None for x in tensors if type(x._node) is Leaf}
+    called = {*re.findall(r"\b(\w+)\(", text)}
+    watched = {
+        name: recorder.watched(name, x) if name in called else x for name, x in scope.items()
+    }
+    exec(code, watched)
+    with recorder.tape:
+        outputs, _ = watched["forward"](*inputs)
+    trouble = recorder.tape.trouble or _trouble(recorder, outside, inputs, outputs)
+    if trouble is not None:
+        return outputs, trouble
+    recorder.leaves = [(leaf, had.get(id(leaf), False)) for leaf, _ in recorder.leaves]
+    return [x.copy() for x in outputs], Replay(recorder, inputs, outputs)
+
+
+def _trouble(
+    recorder: _Recorder, outside: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> str | None:
+    """Why what was recorded is not to be run again, if it is not."""
+    if {id(leaf.home.lent()) for leaf, _ in recorder.leaves} != {*recorder.homes}:
+        return "gradients that are written in their places and not kept there"
+    for i, x in enumerate(inputs):
+        if not (x.flags.c_contiguous and x.flags.aligned and x.flags.writeable):
+            return "an argument that does not lie in a row, or is read-only"
+        if any(np.may_share_memory(x, y) for y in (*outside, *inputs[:i])):
+            return "arguments that share memory, with parameters or with each other"
+    for y in outputs:
+        if not isinstance(y, np.ndarray) or y.nbytes > SMALL:
+            return "a result that is large"
+        if any(np.may_share_memory(x, y) for x in (*outside, *inputs, *recorder.homes.values())):
+            return "a result that shares memory with something"
+    bounds = [byte_bounds(x) for x in inputs]
+    for _, args in recorder.tape.calls:
+        for table in args:
+            if isinstance(table, np.ndarray) and table.dtype.kind in "iu":
+                if _within(table, bounds)[0] is None and any(
+                    np.any((table >= low) & (table < high)) for low, high in bounds
+                ):
+                    return "a table of addresses of arguments"
+    return None
+
+
+def _makers(args: Sequence[Any], bounds: Sequence[Bounds]) -> list[tuple[int, Maker]]:
+    """What makes the arguments anew that lie within inputs, with their numbers."""
+    found = ((i, _maker(value, bounds)) for i, value in enumerate(args))
+    return [(i, make) for i, make in found if make is not None]
+
+
+def _maker(value: Any, bounds: Sequence[Bounds]) -> Maker | None:
+    if isinstance(value, tuple):
+        parts = _makers(value, bounds)
+        if not parts:
+            return None
+
+        def make(inputs: Sequence[Any], places: Sequence[int]) -> Any:
+            made = [*value]
+            for i, part in parts:
+                made[i] = part(inputs, places)
+            return tuple(made)
+
+        return make
+    k, offset = _within(value, bounds)
+    if k is None:
+        return None
+    if isinstance(value, np.ndarray):
+        shape, dtype, strides = value.shape, value.dtype, value.strides
+        return lambda inputs, places: np.ndarray(shape, dtype, inputs[k], offset, strides)
+    return lambda inputs, places: places[k] + offset
+
+
+def _within(value: Any, bounds: Sequence[Bounds]) -> tuple[int | None, int]:
+    """The number of the input that an address or an array lies in, and how far behind its start."""
+    if isinstance(value, np.ndarray):
+        place = address(value)
+    elif type(value) is int:
+        place = value
+    else:
+        return None, 0
+    for k, (low, high) in enumerate(bounds):
+        if low <= place < high:
+            return k, place - low
+    return None, 0
+
+
+class _Recorder:
+    """Runs a program while its launches are noted.
+
+    Attributes
+    ----------
+    leaves:
+        Leaves that got a gradient, and whether they had one before.
+    homes:
+        The arrays where these lie, by identity.
+    """
+
+    def __init__(self, others: set[int], actions: Collection[Any]) -> None:
+        self.tape = Tape(others)
+        self.actions = actions
+        self.leaves: list[tuple[Any, bool]] = []
+        self.homes: dict[int, Any] = {}
+
+    def watched(self, name: str, function: Any) -> Any:
+        """What is called in the place of a function that the text of a program calls."""
+        if function is destination:
+            return self._destination
+        if function is _deposit:
+            return self._deposited
+        if function in self.actions:
+            return partial(self._act, name, function)
+        inner = function.func if isinstance(function, partial) else function
+        if isinstance(inner, Settled):
+            return partial(self._launch, name, function, inner)
+        if name in ("copy", "there"):  # of a constant, and what does nothing
+            return function
+        return partial(self._look, name, function)
+
+    def _launch(self, name: str, function: Any, settled: Settled, *args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        if not is_replayable(settled.chosen):  # type: ignore[arg-type]
+            self.tape.spoil(f"{name} is not made of launches alone")
+        return found
+
+    def _look(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call what is to do nothing but to look at its operands in another way."""
+        found = function(*args, **kwargs)
+        arrays = [x for x in args if isinstance(x, np.ndarray)]
+        if (
+            name == "into"
+            or id(found) in self.homes
+            or not (
+                any(found is x for x in arrays)
+                or (
+                    isinstance(found, np.ndarray)
+                    and any(np.may_share_memory(found, x) for x in arrays)
+                )
+            )
+        ):
+            self.tape.spoil(f"{name} is not made of launches")
+        return found
+
+    def _destination(self, leaf: Any) -> Any:
+        array = destination(leaf)
+        if array is not None:
+            self.tape.others.add(id(array))
+            self.homes[id(array)] = array
+        return array
+
+    def _deposited(self, borrowed: Any, owned: Any, given: Any = ()) -> None:
+        found = {**owned, **borrowed}
+        before = [leaf.grad is None and leaf.home is not None for leaf in found]
+        self.tape.apart(_deposit, borrowed, owned, given)
+        there = [
+            empty and leaf.extra is None and id(g) in self.homes and leaf.grad.data is g
+            for empty, (leaf, g) in zip(before, found.items())
+        ]
+        if given or not all(there):
+            self.tape.spoil("gradients that do not lie where an optimiser wants them")
+            return
+        self.leaves += [(leaf, False) for leaf in found]
+        self.tape.note(_restore, (list(found),))
+
+    def _act(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        self.tape.note(partial(function, *args, **kwargs), ())
+        found = self.tape.apart(function, *args, **kwargs)
+        if found is not None:
+            self.tape.spoil(f"what {name} returns is used")
+        return found
+
+    def forget(self) -> None:
+        """Let go of what it holds, so that references can be counted."""
+        self.tape.calls.clear()
+        self.tape.kept.clear()
+        self.homes.clear()
+
+
+def _restore(leaves: Sequence[Any]) -> None:
+    """Give leaves the gradients that have been written for them."""
+    for leaf in leaves:
+        array = leaf.home.lent()
+        leaf.grad = tensor_of(array)
+        leaf.squares = squares.pop(id(array), None)
