@@ -14,6 +14,7 @@ import numpy as np
 from gpugrad.backend import scratch
 from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype, is_basic
 from gpugrad.backend.kernels import Slot, fusible
+from gpugrad.backend.tape import call, spoil
 
 #: Elements of a temporary array that stays in the processor's cache.
 _BLOCK = 8192
@@ -113,8 +114,9 @@ class NumpyBackend(Backend):
     def scatter_add(self, g: Array, index: Any, shape: tuple[int, ...]) -> Array:
         if is_basic(index):
             out = np.zeros(shape, dtype=g.dtype)
-            out[index] = g
+            call(_put, out, index, g)
             return out
+        spoil("elements that are added up by their indices")
         return _add_at(g, index, shape)
 
     def scatter_add_along_axis(
@@ -176,6 +178,10 @@ def _exchange(
 def exchanged_copy(m: Backend, x: Array, items: int, rows: int, columns: int, run: int) -> Array:
     """The elements of ``x`` in C's order, from what :func:`exchange` says of it."""
     return np.ascontiguousarray(x)
+
+
+def _put(out: Array, index: Any, g: Array) -> None:
+    out[index] = g
 
 
 def _add_at(g: Array, index: Any, shape: tuple[int, ...]) -> Array:

@@ -19,6 +19,7 @@ __all__ = [
     "LIMIT",
     "Tape",
     "address",
+    "arrays_in",
     "call",
     "gate",
     "is_replayable",
@@ -26,11 +27,12 @@ __all__ = [
     "note",
     "replayable",
     "spoil",
+    "zeros",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: Bytes that a tape may keep. A step that needs more is long, beside what lies between its launches.
+#: Bytes that a tape may keep. A step that needs more is long beside what lies between its launches.
 LIMIT = 1 << 26
 
 #: Not empty while some thread records; looked at first.
@@ -80,9 +82,13 @@ class Tape:
         """Add a call that is about to be made."""
         if self.trouble is None:
             self.calls.append((function, args))
+            for x in arrays_in(args):
+                self.keep(x)
 
     def keep(self, x: Any) -> None:
         """Keep an array whose address is asked for."""
+        while isinstance(x.base, np.ndarray):
+            x = x.base
         if self.trouble is None and id(x) not in self.others and id(x) not in self.kept:
             self.kept[id(x)] = x
             self._bytes += x.nbytes
@@ -103,6 +109,17 @@ class Tape:
             return function(*args, **kwargs)
         finally:
             _recording.tape = self
+
+
+def arrays_in(value: Any) -> list[Any]:
+    """The NumPy arrays in a value, in tuples, lists and dictionaries."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [x for part in value for x in arrays_in(part)]
 
 
 def note(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -132,9 +149,21 @@ def address(x: np.ndarray[Any, Any]) -> int:
 
 def call(function: Callable[..., Any], *args: Any) -> None:
     """Call a function that changes elements, or something else, in a replayable kernel."""
+    tape = _recording.tape if gate else None
+    if tape is None:
+        function(*args)
+    else:
+        tape.note(function, args)
+        tape.apart(function, *args)
+
+
+def zeros(shape: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    """`numpy.zeros` that a replayable kernel adds to: they are zeros again in each run."""
+    made: np.ndarray[Any, Any] = np.zeros(shape, dtype)
     if gate:
-        note(function, args)
-    function(*args)
+        note(made.fill, (0,))
+        keep(made)
+    return made
 
 
 def spoil(why: str) -> None:

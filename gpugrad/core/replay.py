@@ -24,14 +24,17 @@ from numpy.lib.array_utils import byte_bounds
 
 from gpugrad.backend.kernels import Settled
 from gpugrad.backend.memory import squares
-from gpugrad.backend.tape import Tape, address, is_replayable
+from gpugrad.backend.tape import Tape, address, arrays_in, is_replayable
 from gpugrad.core.graph import Leaf, destination
 from gpugrad.core.tensor import Tensor, deposit, tensor_of
 
 __all__ = ["Replay", "record"]
 
-#: Bytes of a result that are copied without a thought.
-SMALL = 1 << 16
+#: Bytes of results that are copied without a thought.
+SMALL = 1 << 18
+
+#: Functions of programs that change what they are given.
+CHANGES = ("into", "write")
 
 _deposit: Any = deposit.__wrapped__  # type: ignore[attr-defined]
 
@@ -168,11 +171,12 @@ def _trouble(
     bounds = [byte_bounds(x) for x in inputs]
     for _, args in recorder.tape.calls:
         for table in args:
-            if isinstance(table, np.ndarray) and table.dtype.kind in "iu":
-                if _within(table, bounds)[0] is None and any(
-                    np.any((table >= low) & (table < high)) for low, high in bounds
-                ):
-                    return "a table of addresses of arguments"
+            if not isinstance(table, np.ndarray) or table.dtype.kind not in "iu":
+                continue
+            if _within(table, bounds)[0] is None and any(
+                np.any((table >= low) & (table < high)) for low, high in bounds
+            ):
+                return "a table of addresses of arguments"
     return None
 
 
@@ -183,16 +187,17 @@ def _makers(args: Sequence[Any], bounds: Sequence[Bounds]) -> list[tuple[int, Ma
 
 
 def _maker(value: Any, bounds: Sequence[Bounds]) -> Maker | None:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         parts = _makers(value, bounds)
         if not parts:
             return None
+        kind = type(value)
 
         def make(inputs: Sequence[Any], places: Sequence[int]) -> Any:
             made = [*value]
             for i, part in parts:
                 made[i] = part(inputs, places)
-            return tuple(made)
+            return kind(made)
 
         return make
     k, offset = _within(value, bounds)
@@ -245,53 +250,69 @@ class _Recorder:
             return partial(self._act, name, function)
         inner = function.func if isinstance(function, partial) else function
         if isinstance(inner, Settled):
-            return partial(self._launch, name, function, inner)
-        if name in ("copy", "there"):  # of a constant, and what does nothing
+            return partial(self._settled, name, function, inner)
+        if name == "there" or is_replayable(function):
             return function
-        return partial(self._look, name, function)
+        return partial(self._whole, name, function)
 
-    def _launch(self, name: str, function: Any, settled: Settled, *args: Any, **kwargs: Any) -> Any:
-        found = function(*args, **kwargs)
-        if not is_replayable(settled.chosen):  # type: ignore[arg-type]
-            self.tape.spoil(f"{name} is not made of launches alone")
-        return found
+    def _settled(
+        self, name: str, function: Any, settled: Settled, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call what has chosen a kernel, whose launches are noted if that is all that it does."""
+        if is_replayable(settled.chosen):  # type: ignore[arg-type]
+            return function(*args, **kwargs)
+        return self._whole(name, function, *args, **kwargs)
 
-    def _look(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what is to do nothing but to look at its operands in another way."""
-        found = function(*args, **kwargs)
-        arrays = [x for x in args if isinstance(x, np.ndarray)]
-        if (
-            name == "into"
-            or id(found) in self.homes
-            or not (
-                any(found is x for x in arrays)
-                or (
-                    isinstance(found, np.ndarray)
-                    and any(np.may_share_memory(found, x) for x in arrays)
-                )
-            )
-        ):
-            self.tape.spoil(f"{name} is not made of launches")
-        return found
+    def _whole(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call what is to be called again as it is, its results copied to where they are now.
+
+        What only looks at its operands in another way has nothing to do again.
+        """
+        found = self.tape.apart(function, *args, **kwargs)
+        several = isinstance(found, tuple | list)
+        results = [np.asarray(x) if isinstance(x, np.generic) else x
+                   for x in (found if several else [found])]  # fmt: skip
+        given = arrays_in(args)
+        new = [
+            None if x is None or any(np.may_share_memory(x, y) for y in given) else x
+            for x in results
+        ]
+        made = [x for x in new if x is not None]
+        kept = any(np.may_share_memory(x, y) for x in arrays_in(results)
+                   for y in self.homes.values())  # fmt: skip
+        if made or kept or name in CHANGES:
+            known = all(isinstance(x, np.ndarray) for x in made) and not arrays_in(kwargs)
+            if not known or sum(x.nbytes for x in made) > SMALL:
+                self.tape.spoil(f"{name} is not made of launches")
+            self.tape.note(_again, (partial(function, **kwargs), args, tuple(new)))
+        return type(found)(results) if several else results[0]
 
     def _destination(self, leaf: Any) -> Any:
         array = destination(leaf)
         if array is not None:
-            self.tape.others.add(id(array))
-            self.homes[id(array)] = array
+            self._know(array)
         return array
+
+    def _know(self, array: Any) -> None:
+        """Note that an array is where a gradient lies."""
+        self.tape.others.add(id(array))
+        self.homes[id(array)] = array
 
     def _deposited(self, borrowed: Any, owned: Any, given: Any = ()) -> None:
         found = {**owned, **borrowed}
         before = [leaf.grad is None and leaf.home is not None for leaf in found]
         self.tape.apart(_deposit, borrowed, owned, given)
-        there = [
-            empty and leaf.extra is None and id(g) in self.homes and leaf.grad.data is g
-            for empty, (leaf, g) in zip(before, found.items())
-        ]
-        if given or not all(there):
-            self.tape.spoil("gradients that do not lie where an optimiser wants them")
+        if given or not all(before) or any(leaf.extra is not None for leaf in found):
+            self.tape.spoil("gradients that are added to others, or belong to no optimiser")
             return
+        for leaf, g in found.items():
+            array = leaf.home.lent()
+            if leaf.grad.data is not array:
+                self.tape.spoil("gradients that do not lie where an optimiser wants them")
+                return
+            if g is not array:
+                self._know(array)
+                self.tape.note(np.copyto, (array, g))
         self.leaves += [(leaf, False) for leaf in found]
         self.tape.note(_restore, (list(found),))
 
@@ -307,6 +328,14 @@ class _Recorder:
         self.tape.calls.clear()
         self.tape.kept.clear()
         self.homes.clear()
+
+
+def _again(function: Any, args: Any, results: Any) -> None:
+    """Call a function, and copy its results where they are not None."""
+    found = function(*args)
+    for x, y in zip(results, found if isinstance(found, tuple | list) else [found]):
+        if x is not None:
+            np.copyto(x, y)
 
 
 def _restore(leaves: Sequence[Any]) -> None:

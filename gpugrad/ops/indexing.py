@@ -10,6 +10,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
+from gpugrad.backend.tape import replayable
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, linear, primitive, sample
 from gpugrad.core.tensor import SCALARS, Tensor, placed_index
@@ -59,7 +60,7 @@ def _index_samples() -> list[Any]:
 
 
 @linear(
-    transpose=lambda g, m, x_shape, index: m.scatter_add(g, index, x_shape),
+    transpose=replayable(lambda g, m, x_shape, index: m.scatter_add(g, index, x_shape)),
     native="getitem",
     view=True,
     sized_by_values="index",

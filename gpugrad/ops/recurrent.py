@@ -19,6 +19,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
+from gpugrad.backend.tape import replayable
 from gpugrad.core.primitive import primitive, sample
 from gpugrad.errors import ParameterError
 from gpugrad.ops import cells
@@ -135,6 +136,7 @@ def rnn_gradients(
     return *found, gb, gb, gh0
 
 
+@replayable
 def _rnn_vjp(
     m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, y: Any, nonlinearity: str,
     reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
@@ -300,6 +302,7 @@ def lstm_gradients(
     return *found, gb, gb, gh0, gc0
 
 
+@replayable
 def _lstm_vjp(
     m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, c0: Any, y: Any,
     reverse: bool, needs: Any, weight_ih_home: Any, weight_hh_home: Any,
@@ -458,6 +461,7 @@ def gru_gradients(
     return *found, *gb, gh0
 
 
+@replayable
 def _gru_vjp(
     m: Any, g: Any, x: Any, weight_ih: Any, weight_hh: Any, h0: Any, y: Any, reverse: bool,
     needs: Any, weight_ih_home: Any, weight_hh_home: Any,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gpugrad.backend import Backend
+from gpugrad.backend.tape import spoil
 from gpugrad.errors import DTypeError, ShapeError
 from gpugrad.ops.linalg import product_of, weight_gradient
 
@@ -64,6 +65,7 @@ def wide(m: Any, *arrays: Any) -> tuple[Any, ...]:
         dtype = np.dtype(str(dtype).rpartition(".")[2])
     if dtype.itemsize > 2:
         return arrays
+    spoil("elements of two bytes, which are computed in float32")
     return tuple(None if x is None else m.astype(x, m.dtype("float32")) for x in arrays)
 
 

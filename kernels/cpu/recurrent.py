@@ -20,8 +20,9 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import call, replayable, zeros
 from gpugrad.kernels.cpu import pool
-from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial
+from gpugrad.kernels.cpu.compile import CpuTemplate, copied, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.direct import DEPTH, LARGEST, STRIP, direct
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.gemm import GRAIN
@@ -297,8 +298,7 @@ def _contiguous(storage: str, *arrays: Any) -> list[Any]:
 
     Those that lie in memory otherwise, or are read-only, would be compiled for anew.
     """
-    return [x if x is None or _fits(storage, x) else np.require(x, storage, ("C", "A", "W"))
-            for x in arrays]  # fmt: skip
+    return [x if x is None or _fits(storage, x) else copied(x, storage) for x in arrays]
 
 
 def _fits(storage: str, x: Array) -> bool:
@@ -323,16 +323,20 @@ def _parts(batch: int, work: int) -> int:
 
 
 def _narrow(dtype: Any, *arrays: Array) -> tuple[Array, ...]:
-    return tuple(y if y.dtype == dtype else y.astype(dtype) for y in arrays)
+    return tuple(y if y.dtype == dtype else copied(y, dtype) for y in arrays)
 
 
 def _added(storage: str, rows: int, *biases: Array | None) -> Array:
     """The sum of the biases that there are."""
-    total: Array = np.zeros(rows, storage)
-    for bias in biases:
-        if bias is not None:
-            total = total + bias
+    total = np.empty(rows, storage)
+    call(_add_biases, total, *(bias for bias in biases if bias is not None))
     return total
+
+
+def _add_biases(total: Array, *biases: Array) -> None:
+    total[...] = 0
+    for bias in biases:
+        total += bias
 
 
 def _walk(
@@ -352,6 +356,7 @@ def _storage(x: Array) -> str:
     return "float64" if x.dtype == np.float64 else "float32"
 
 
+@replayable
 def rnn_layer(
     m: Backend, x: Array, weight_ih: Array, weight_hh: Array, bias_ih: Any = None,
     bias_hh: Any = None, h0: Any = None, nonlinearity: str = "tanh", reverse: bool = False,
@@ -367,9 +372,10 @@ def rnn_layer(
         nonlinearity, storage, x, weight_ih, output, _added(storage, n, bias_ih, bias_hh),
         _packed(storage, weight_hh.T), 0, h0, None, output, output, reverse,
     )  # fmt: skip
-    return _narrow(dtype, output, output[0 if reverse else -1].copy())
+    return _narrow(dtype, output, copied(output[0 if reverse else -1]))
 
 
+@replayable
 def lstm_layer(
     m: Backend, x: Array, weight_ih: Array, weight_hh: Array, bias_ih: Any = None,
     bias_hh: Any = None, h0: Any = None, c0: Any = None, reverse: bool = False,
@@ -387,9 +393,10 @@ def lstm_layer(
         _packed(storage, weight_hh.T), 0, h0, c0, output, states, reverse,
     )  # fmt: skip
     last = 0 if reverse else -1
-    return _narrow(dtype, output, output[last].copy(), states[last].copy(), states, gates)
+    return _narrow(dtype, output, copied(output[last]), copied(states[last]), states, gates)
 
 
+@replayable
 def gru_layer(
     m: Backend, x: Array, weight_ih: Array, weight_hh: Array, bias_ih: Any = None,
     bias_hh: Any = None, h0: Any = None, reverse: bool = False,
@@ -402,18 +409,24 @@ def gru_layer(
     (steps, batch, _), n = x.shape, weight_hh.shape[1]
     gates = empty((steps, batch, 4 * n), storage)
     output = empty((steps, batch, n), storage)
-    bias = np.zeros(4 * n, storage)  # the candidate's two biases do not meet
-    if bias_ih is not None:
-        bias[: 3 * n] = bias_ih
-    if bias_hh is not None:
-        bias[: 2 * n] += bias_hh[: 2 * n]
-        bias[3 * n :] = bias_hh[2 * n :]
+    bias = np.empty(4 * n, storage)
+    call(_add_gru_biases, bias, n, bias_ih, bias_hh)
     w = weight_hh.T
     _walk(
         "gru", storage, x, weight_ih, gates, bias,
         _packed(storage, w[:, : 2 * n], w[:, 2 * n :]), n, h0, None, output, output, reverse,
     )  # fmt: skip
-    return _narrow(dtype, output, output[0 if reverse else -1].copy(), gates)
+    return _narrow(dtype, output, copied(output[0 if reverse else -1]), gates)
+
+
+def _add_gru_biases(total: Array, n: int, bias_ih: Any, bias_hh: Any) -> None:
+    """The candidate's two biases do not meet."""
+    total[...] = 0
+    if bias_ih is not None:
+        total[: 3 * n] = bias_ih
+    if bias_hh is not None:
+        total[: 2 * n] += bias_hh[: 2 * n]
+        total[3 * n :] = bias_hh[2 * n :]
 
 
 # Going back, gates have gradients as large as themselves. Nobody keeps them: some steps at a time,
@@ -440,8 +453,8 @@ def _gradients(
     begun = needs[5] or h0 is not None
     first = np.zeros((batch, n), storage) if first is None else first
     g_output = np.zeros((1, batch, n), storage) if g_output is None else g_output
-    gh, gc = (np.zeros((batch, n), storage) if g is None else g.copy() for g in (gh, gc))
-    totals, packed = np.zeros((batch, gates.shape[-1]), storage), _packed(storage, weight_hh)
+    gh, gc = (zeros((batch, n), storage) if g is None else copied(g) for g in (gh, gc))
+    totals, packed = zeros((batch, gates.shape[-1]), storage), _packed(storage, weight_hh)
     gx = empty(x.shape, storage) if needs[0] else None
     one, other = (
         _home(storage, (columns, size), home) if wanted else np.empty((0, 0), storage)
@@ -468,7 +481,7 @@ def _gradients(
         begin = int(ends and not reverse)
         hidden = output[low + 1 :] if reverse else output[max(low - 1, 0) :]
         if gx is not None:
-            matmul(flat, weight_ih, gx[low:high].reshape(rows, inputs))
+            call(matmul, flat, weight_ih, gx[low:high].reshape(rows, inputs))
         if together:
             _weights[storage](
                 address(gp), address(gq[begin:]), address(x[low:]), address(hidden), address(one),
@@ -478,14 +491,23 @@ def _gradients(
             )  # fmt: skip
             continue
         if needs[1]:
-            matmul(flat.T, x.reshape(rows, inputs), one)
+            call(matmul, flat.T, x.reshape(rows, inputs), one)
         if needs[2]:
             after, earlier = gq[begin : begin + steps - 1], hidden[: steps - 1]
-            matmul(after.reshape(later, columns).T, earlier.reshape(later, n), other)
+            call(matmul, after.reshape(later, columns).T, earlier.reshape(later, n), other)
     if h0 is not None and needs[2]:
-        matmul(gq[high - low - 1 if reverse else 0].T, h0, other, accumulate=True)
-    total = totals.sum(axis=0, dtype=np.float64).astype(storage)
+        call(_add_product, gq[high - low - 1 if reverse else 0].T, h0, other)
+    total = np.empty(totals.shape[1], storage)
+    call(_add_rows, totals, total)
     return gx, one if needs[1] else None, other if needs[2] else None, total, gh, gc
+
+
+def _add_product(a: Array, b: Array, out: Array) -> None:
+    matmul(a, b, out, accumulate=True)
+
+
+def _add_rows(x: Array, out: Array) -> None:
+    out[...] = x.sum(axis=0, dtype=np.float64)
 
 
 def _home(storage: str, shape: tuple[int, ...], home: Any) -> Array:
@@ -493,6 +515,7 @@ def _home(storage: str, shape: tuple[int, ...], home: Any) -> Array:
     return empty(shape, storage) if home is None or not home.flags.c_contiguous else home
 
 
+@replayable
 def rnn_gradients(
     m: Backend, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, output: Array, g: Any,
     nonlinearity: str, reverse: bool, needs: Any, *homes: Any,
@@ -507,6 +530,7 @@ def rnn_gradients(
     return *found, gb, gb, gh
 
 
+@replayable
 def lstm_gradients(
     m: Backend, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, c0: Any, output: Array,
     cell: Array, gates: Array, g: Any, reverse: bool, needs: Any, *homes: Any,
@@ -521,6 +545,7 @@ def lstm_gradients(
     return *found, gb, gb, gh, gc
 
 
+@replayable
 def gru_gradients(
     m: Backend, x: Array, weight_ih: Array, weight_hh: Array, h0: Any, output: Array, gates: Array,
     g: Any, reverse: bool, needs: Any, *homes: Any,
@@ -534,7 +559,9 @@ def gru_gradients(
     if not (needs[3] or needs[4]):
         return *found, None, None, gh
     n = output.shape[2]
-    return *found, total[: 3 * n], np.concatenate([total[: 2 * n], total[3 * n :]]), gh
+    other = np.empty(3 * n, total.dtype)
+    call(np.concatenate, (total[: 2 * n], total[3 * n :]), 0, other)
+    return *found, total[: 3 * n], other, gh
 
 
 # -- the slots ------------------------------------------------------------------------------------
