@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gpugrad.backend import tape
 from gpugrad.backend.kernels import Slot, gate
 from gpugrad.backend.special import erf
 from gpugrad.errors import DTypeError
@@ -105,9 +106,12 @@ class Backend:
         def without_space(m: Backend, *args: Any, **kwargs: Any) -> Any:
             return generic(*args, **kwargs)
 
+        if tape.is_replayable(generic):
+            tape.replayable(without_space)
+
         def choose(*args: Any, **kwargs: Any) -> Any:
             # What `choice` would find out for a small operand, without its calls.
-            if not gate and getattr(args[0], "size", 0) < slot.at_least:
+            if not gate and not tape.gate and getattr(args[0], "size", 0) < slot.at_least:
                 return generic(*args, **kwargs)
             return slot.choice(without_space, self, args, kwargs)(self, *args, **kwargs)
 

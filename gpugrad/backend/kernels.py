@@ -24,6 +24,7 @@ from dataclasses import InitVar, dataclass
 from functools import cached_property, partial, wraps
 from typing import Any, TypeVar
 
+from gpugrad.backend import tape
 from gpugrad.errors import KernelError, ParameterError
 
 __all__ = ["Choice", "Kernel", "Slot", "fusible", "kernel_mode", "use_kernels"]
@@ -121,7 +122,7 @@ class Slot:
             if why is None:
                 if gate and _state.log is not None:
                     _state.log.append(Choice(self.name, kernel.label, "operands fit"))
-                return kernel.run
+                return _told(self.name, kernel.run)
             refusals.append(f"{kernel.label}: {why}")
         reason = "; ".join(refusals)
         if mode == "require":
@@ -134,7 +135,14 @@ class Slot:
     def _generic(self, generic: Callable[..., Any], why: str) -> Callable[..., Any]:
         if gate and _state.log is not None:
             _state.log.append(Choice(self.name, "generic", why))
-        return generic
+        return _told(self.name, generic)
+
+
+def _told(name: str, chosen: Callable[..., Any]) -> Callable[..., Any]:
+    """What has been chosen; a tape has no use for what does more than to launch."""
+    if tape.gate and not tape.is_replayable(chosen):
+        tape.spoil(f"{name}, which is not made of launches")
+    return chosen
 
 
 class Settled:

@@ -14,7 +14,7 @@ import numpy as np
 from gpugrad.backend import scratch
 from gpugrad.backend.base import Array, Backend, DeviceInfo, as_dtype, is_basic
 from gpugrad.backend.kernels import Slot, fusible
-from gpugrad.backend.tape import call, spoil
+from gpugrad.backend.tape import call, gate, note, replayable, spoil
 
 #: Elements of a temporary array that stays in the processor's cache.
 _BLOCK = 8192
@@ -24,10 +24,16 @@ _BLOCK = 8192
 _LARGE, _VERY_LARGE, _RUN = 1 << 16, 1 << 19, 16
 
 
+@replayable
 def _matmul(a: Array, b: Array) -> Array:
     """`numpy.matmul`; two-byte floats, for which there is no BLAS, are added up in float32."""
     if a.dtype.itemsize != 2 or a.dtype.kind in "iu" or a.dtype != b.dtype:
-        return np.matmul(a, b)
+        if not gate:
+            return np.matmul(a, b)
+        out = np.asarray(np.matmul(a, b))
+        note(np.matmul, (a, b, out))
+        return out
+    spoil("products of two-byte floats")
     return np.matmul(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
 
 

@@ -67,6 +67,7 @@ class Tape:
         self.others = others
         self.trouble: str | None = None
         self._bytes = 0
+        self._attempting = self._failed = False
 
     def __enter__(self) -> Tape:
         gate.append(None)
@@ -93,14 +94,29 @@ class Tape:
             self.kept[id(x)] = x
             self._bytes += x.nbytes
             if self._bytes > LIMIT:
+                self._attempting = False
                 self.spoil(f"more than {LIMIT >> 20} MiB to be kept")
 
     def spoil(self, why: str) -> None:
-        """Give up, and keep nothing."""
-        if self.trouble is None:
+        """Give up, and keep nothing; in an attempt, only that."""
+        if self._attempting:
+            self._failed = True
+        elif self.trouble is None:
             self.trouble = why
             self.calls.clear()
             self.kept.clear()
+
+    def attempt(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        """Call what is replayable; whether it was this time, and its calls are noted."""
+        before = len(self.calls)
+        self._attempting, self._failed = True, False
+        try:
+            found = function(*args, **kwargs)
+        finally:
+            self._attempting = False
+        if self._failed:
+            del self.calls[before:]
+        return found, not self._failed
 
     def apart(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call what is none of this tape's business."""

@@ -232,6 +232,8 @@ class _Recorder:
         Leaves that got a gradient, and whether they had one before.
     homes:
         The arrays where these lie, by identity.
+    constants:
+        Arrays that were filled before all launches, likewise.
     """
 
     def __init__(self, others: set[int], actions: Collection[Any]) -> None:
@@ -239,6 +241,7 @@ class _Recorder:
         self.actions = actions
         self.leaves: list[tuple[Any, bool]] = []
         self.homes: dict[int, Any] = {}
+        self.constants: dict[int, Any] = {}
 
     def watched(self, name: str, function: Any) -> Any:
         """What is called in the place of a function that the text of a program calls."""
@@ -251,24 +254,40 @@ class _Recorder:
         inner = function.func if isinstance(function, partial) else function
         if isinstance(inner, Settled):
             return partial(self._settled, name, function, inner)
-        if name == "there" or is_replayable(function):
+        if name == "copy":
+            return self._constant
+        if name == "there":
             return function
-        return partial(self._whole, name, function)
+        declared = self._declared if is_replayable(function) else self._whole
+        return partial(declared, name, function)
+
+    def _constant(self, x: Any) -> Any:
+        """A copy of what is the same in every run, and of a copy that nobody changes."""
+        copy = x.copy()
+        self.constants[id(copy)] = copy
+        return copy
 
     def _settled(
         self, name: str, function: Any, settled: Settled, *args: Any, **kwargs: Any
     ) -> Any:
         """Call what has chosen a kernel, whose launches are noted if that is all that it does."""
         if is_replayable(settled.chosen):  # type: ignore[arg-type]
-            return function(*args, **kwargs)
+            return self._declared(name, function, *args, **kwargs)
         return self._whole(name, function, *args, **kwargs)
 
+    def _declared(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        found, holds = self.tape.attempt(function, *args, **kwargs)
+        return found if holds else self._noted(name, function, found, args, kwargs)
+
     def _whole(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what is to be called again as it is, its results copied to where they are now.
+        found = self.tape.apart(function, *args, **kwargs)
+        return self._noted(name, function, found, args, kwargs)
+
+    def _noted(self, name: str, function: Any, found: Any, args: Any, kwargs: Any) -> Any:
+        """The results of a function that is to be called again, and copied to where they are now.
 
         What only looks at its operands in another way has nothing to do again.
         """
-        found = self.tape.apart(function, *args, **kwargs)
         several = isinstance(found, tuple | list)
         results = [np.asarray(x) if isinstance(x, np.generic) else x
                    for x in (found if several else [found])]  # fmt: skip
@@ -280,7 +299,9 @@ class _Recorder:
         made = [x for x in new if x is not None]
         kept = any(np.may_share_memory(x, y) for x in arrays_in(results)
                    for y in self.homes.values())  # fmt: skip
-        if made or kept or name in CHANGES:
+        if name in CHANGES and id(args[0]) in self.constants:
+            self.tape.spoil(f"{name} changes a constant")
+        if made or name in CHANGES or (kept and name != "fit"):
             known = all(isinstance(x, np.ndarray) for x in made) and not arrays_in(kwargs)
             if not known or sum(x.nbytes for x in made) > SMALL:
                 self.tape.spoil(f"{name} is not made of launches")

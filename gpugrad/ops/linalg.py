@@ -12,6 +12,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
+from gpugrad.backend.tape import replayable
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, tensor_of
@@ -162,9 +163,9 @@ def sum_over_rows(m: Any, g: Any, shape: tuple[int, ...], home: Any = None) -> A
 
 @primitive(
     vjps=(
-        lambda g, m, weight: product_of(m, g, weight),
+        replayable(lambda g, m, weight: product_of(m, g, weight)),
         weight_gradient,
-        lambda g, m, bias_home: sum_over_rows(m, g, g.shape[-1:], bias_home),
+        replayable(lambda g, m, bias_home: sum_over_rows(m, g, g.shape[-1:], bias_home)),
     ),
     jvps=(
         lambda t, m, weight: m.matmul(t, m.matrix_transpose(weight)),

@@ -19,6 +19,7 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import call, replayable, zeros
 from gpugrad.kernels.cpu import products
 from gpugrad.kernels.cpu.bias import CHUNKS
 from gpugrad.kernels.cpu.compile import CpuTemplate, in_a_row, numpy_storage, parallel, serial
@@ -193,34 +194,41 @@ def _is_small(rows: int, weight: Array) -> bool:
     return rows * weight.size < 2 * GRAIN
 
 
+@replayable
 def linear(m: Backend, x: Array, weight: Array, bias: Array | None = None) -> Array:
     """A layer without an activation."""
     features, inputs = weight.shape
     flat = x if x.ndim == 2 else x.reshape(-1, inputs)
     z = empty((flat.shape[0], features), x.dtype)
     if bias is None:
-        products.matmul(flat, weight.T, z)
+        call(products.matmul, flat, weight.T, z)
     elif _is_small(flat.shape[0], weight):
         small = _linear_small[numpy_storage(x.dtype)]
-        small(in_a_row(flat), in_a_row(weight), in_a_row(bias), z, z)
+        call(small, in_a_row(flat), in_a_row(weight), in_a_row(bias), z, z)
     else:
-        products.matmul(flat, weight.T, z)
+        call(products.matmul, flat, weight.T, z)
         _linear_large[numpy_storage(x.dtype)](z, in_a_row(bias), z)
     return z if x.ndim == 2 else z.reshape((*x.shape[:-1], features))
 
 
+@replayable
 def sum_over_rows(m: Backend, g: Array, shape: tuple[int, ...], home: Array | None = None) -> Array:
     """The sum over all axes but the last."""
     rows = in_a_row(g).reshape(-1, shape[0])
     out = np.empty(shape, g.dtype) if home is None else home
     chunks = max(1, min(CHUNKS, rows.shape[0]))
-    totals = np.zeros((chunks, *shape))
-    parts = np.zeros((chunks, *shape), g.dtype)
+    totals = zeros((chunks, *shape), np.float64)
+    parts = zeros((chunks, *shape), g.dtype)
     _sum_chunks[numpy_storage(g.dtype)](rows, parts, totals)
-    out[...] = np.add.reduce(totals, axis=0)
+    call(_add_chunks, totals, out)
     return out
 
 
+def _add_chunks(totals: Array, out: Array) -> None:
+    out[...] = np.add.reduce(totals, axis=0)
+
+
+@replayable
 def linear_activation(
     m: Backend, x: Array, weight: Array, bias: Array, activation: str = "relu"
 ) -> tuple[Array, Array]:
@@ -233,9 +241,10 @@ def linear_activation(
     y = z if loops.from_result else empty(shape, x.dtype)
     bias = in_a_row(bias)
     if _is_small(shape[0], weight):
-        loops.forward_small[numpy_storage(x.dtype)](in_a_row(flat), in_a_row(weight), bias, z, y)
+        small = loops.forward_small[numpy_storage(x.dtype)]
+        call(small, in_a_row(flat), in_a_row(weight), bias, z, y)
     else:
-        products.matmul(flat, weight.T, z)
+        call(products.matmul, flat, weight.T, z)
         loops.forward_large[numpy_storage(x.dtype)](z, bias, y)
     if x.ndim != 2:
         shape = (*x.shape[:-1], features)
@@ -243,6 +252,7 @@ def linear_activation(
     return y, y if loops.from_result else z
 
 
+@replayable
 def linear_activation_backward(
     m: Backend, g: Array, x: Array, weight: Array, bias: Array, kept: Array, activation: str,
     needs: tuple[bool, ...], weight_home: Array | None, bias_home: Array | None,
@@ -264,17 +274,18 @@ def linear_activation_backward(
     if _is_small(rows, weight):
         if gw is None:
             gw = empty(weight.shape, dtype) if needs[1] else gz
-        loops.backward_small[numpy_storage(dtype)](
-            g, kept, in_a_row(x), in_a_row(weight), gz, gx, gw, gb, needs[0], needs[1]
-        )
+        call(
+            loops.backward_small[numpy_storage(dtype)],
+            g, kept, in_a_row(x), in_a_row(weight), gz, gx, gw, gb, needs[0], needs[1],
+        )  # fmt: skip
     else:
         chunks = max(1, min(CHUNKS, rows))
-        totals = np.zeros((chunks, features))
-        parts = np.zeros((chunks, features), dtype)
+        totals = zeros((chunks, features), np.float64)
+        parts = zeros((chunks, features), dtype)
         loops.backward_large[numpy_storage(dtype)](g, kept, gz, parts, totals)
-        gb[...] = np.add.reduce(totals, axis=0)
+        call(_add_chunks, totals, gb)
         if needs[0]:
-            products.matmul(gz, weight, gx)
+            call(products.matmul, gz, weight, gx)
         if needs[1]:
             gw = weight_gradient(m, gz, x, weight_home)
     return gx.reshape(x_shape) if needs[0] else None, gw if needs[1] else None, gb

@@ -18,6 +18,7 @@ from numba import types
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel, kernel_mode
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import call, gate, replayable
 from gpugrad.errors import DTypeError, ParameterError, ShapeError
 from gpugrad.kernels.cpu import pool
 from gpugrad.kernels.cpu.compile import VECTOR
@@ -289,16 +290,23 @@ def refuse(m: Backend, a: Any, b: Any) -> str | None:
     return None
 
 
+@replayable
 def _run(m: Backend, a: Array, b: Array) -> Array:
-    return matmul(a, b)
+    if not gate:
+        return matmul(a, b)
+    out = np.empty(_result_shape(a, b)[0], a.dtype)
+    call(matmul, a, b, out)
+    return out
 
 
 def _refuse_into(m: Backend, a: Any, b: Any, out: Any) -> str | None:
     return refuse(m, a, b)
 
 
+@replayable
 def _run_into(m: Backend, a: Array, b: Array, out: Array) -> Array:
-    return matmul(a, b, out=out)
+    call(matmul, a, b, out)
+    return out
 
 
 KERNELS = {

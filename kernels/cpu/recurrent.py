@@ -268,6 +268,16 @@ def _weights(
         )  # fmt: skip
 
 
+@serial
+def _add_rows(x, out):
+    total = np.zeros(x.shape[1])
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            total[j] += np.float64(x[i, j])
+    for j in range(x.shape[1]):
+        out[j] = T(total[j])
+
+
 # -- launching ------------------------------------------------------------------------------------
 
 _CELLS = {"lstm": (_lstm_row, _lstm_row_backward), "gru": (_gru_row, _gru_row_backward)}
@@ -498,16 +508,12 @@ def _gradients(
     if h0 is not None and needs[2]:
         call(_add_product, gq[high - low - 1 if reverse else 0].T, h0, other)
     total = np.empty(totals.shape[1], storage)
-    call(_add_rows, totals, total)
+    call(_add_rows[storage], totals, total)
     return gx, one if needs[1] else None, other if needs[2] else None, total, gh, gc
 
 
 def _add_product(a: Array, b: Array, out: Array) -> None:
     matmul(a, b, out, accumulate=True)
-
-
-def _add_rows(x: Array, out: Array) -> None:
-    out[...] = x.sum(axis=0, dtype=np.float64)
 
 
 def _home(storage: str, shape: tuple[int, ...], home: Any) -> Array:

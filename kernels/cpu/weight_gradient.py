@@ -19,6 +19,7 @@ from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.memory import NOTED, squares
 from gpugrad.backend.scratch import empty
+from gpugrad.backend.tape import call, replayable
 from gpugrad.kernels.cpu import products
 from gpugrad.kernels.cpu.compile import in_a_row, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.direct import LARGEST, direct
@@ -96,6 +97,7 @@ def _product(g, x, out, rows, m, n, sums):
         compute_unit(unit, g, x, out, rows, m, n, sums)
 
 
+@replayable
 def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | None) -> Array:
     """gᵀ·x over all axes but the last, in its home if there is one.
 
@@ -108,16 +110,21 @@ def weight_gradient(m: Backend | None, g: Array, x: Array, weight_home: Array | 
     in_order = out.flags.c_contiguous and out.flags.aligned
     small = features * inputs < LEAST or not 0 < x.nbytes <= LARGEST
     if weight_home is None or small or not in_order:
-        return products.matmul(g.T, x, out)
+        call(products.matmul, g.T, x, out)
+        return out
     g, x = in_a_row(g), in_a_row(x)
     sums = np.empty(-(-features // STRIP) * -(-inputs // WIDTH))
     _product[numpy_storage(x.dtype)](
         address(g), address(x), address(out), rows, features, inputs, sums
     )
+    call(_note_squares, id(weight_home), sums)
+    return out
+
+
+def _note_squares(home: int, sums: Array) -> None:
     total = float(np.add.reduce(sums))
     if math.isfinite(total):
-        squares[id(weight_home)] = total
-    return out
+        squares[home] = total
 
 
 def _refuse(m: Backend, g: Any, x: Any, weight_home: Any) -> str | None:
