@@ -119,11 +119,13 @@ class Tape:
         return found, not self._failed
 
     def apart(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call what is none of this tape's business."""
+        """Call what is none of this tape's business, as if it did not record."""
         _recording.tape = None
+        gate.pop()
         try:
             return function(*args, **kwargs)
         finally:
+            gate.append(None)
             _recording.tape = self
 
 

@@ -12,6 +12,7 @@ gradient, say, that it would write over.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from sys import getrefcount
@@ -87,7 +88,7 @@ class Replay:
                 return None
             if leaf.grad is None:
                 of_grad, of_array = 0, of_array - 1
-            elif not had:
+            elif not had or leaf.grad.data is not home.lent():
                 return None
             if _references(leaf) != (of_grad, of_array):
                 return None
@@ -143,13 +144,17 @@ def record(
         name: recorder.watched(name, x) if name in called else x for name, x in scope.items()
     }
     exec(code, watched)
-    with recorder.tape:
-        outputs, _ = watched["forward"](*inputs)
-    trouble = recorder.tape.trouble or _trouble(recorder, outside, inputs, outputs)
-    if trouble is not None:
-        return outputs, trouble
-    recorder.leaves = [(leaf, had.get(id(leaf), False)) for leaf, _ in recorder.leaves]
-    return [x.copy() for x in outputs], Replay(recorder, inputs, outputs)
+    try:
+        with recorder.tape:
+            outputs, _ = watched["forward"](*inputs)
+        trouble = recorder.tape.trouble or _trouble(recorder, outside, inputs, outputs)
+        if trouble is not None:
+            return outputs, trouble
+        recorder.leaves = [(leaf, had.get(id(leaf), False)) for leaf, _ in recorder.leaves]
+        return [x.copy() for x in outputs], Replay(recorder, inputs, outputs)
+    finally:
+        recorder.forget()
+        watched.clear()  # a function refers to its globals, and they to it
 
 
 def _trouble(
@@ -166,7 +171,7 @@ def _trouble(
     for y in outputs:
         if not isinstance(y, np.ndarray) or y.nbytes > SMALL:
             return "a result that is large"
-        if any(np.may_share_memory(x, y) for x in (*outside, *inputs, *recorder.homes.values())):
+        if any(np.may_share_memory(x, y) for x in (*outside, *inputs, *recorder.all_homes())):
             return "a result that shares memory with something"
     bounds = [byte_bounds(x) for x in inputs]
     for _, args in recorder.tape.calls:
@@ -191,10 +196,12 @@ def _maker(value: Any, bounds: Sequence[Bounds]) -> Maker | None:
         parts = _makers(value, bounds)
         if not parts:
             return None
-        kind = type(value)
+        kind, rest = type(value), [*value]
+        for i, _ in parts:
+            rest[i] = None  # nothing of an input is kept
 
         def make(inputs: Sequence[Any], places: Sequence[int]) -> Any:
-            made = [*value]
+            made = [*rest]
             for i, part in parts:
                 made[i] = part(inputs, places)
             return kind(made)
@@ -231,7 +238,7 @@ class _Recorder:
     leaves:
         Leaves that got a gradient, and whether they had one before.
     homes:
-        The arrays where these lie, by identity.
+        Weak references to the arrays where these lie, by identity: who holds them is looked at.
     constants:
         Arrays that were filled before all launches, likewise.
     """
@@ -276,6 +283,8 @@ class _Recorder:
         return self._whole(name, function, *args, **kwargs)
 
     def _declared(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if not all(x.flags.carray for x in arrays_in((args, kwargs))):
+            return self._whole(name, function, *args, **kwargs)  # it may be copied unnoticed
         found, holds = self.tape.attempt(function, *args, **kwargs)
         return found if holds else self._noted(name, function, found, args, kwargs)
 
@@ -293,17 +302,16 @@ class _Recorder:
                    for x in (found if several else [found])]  # fmt: skip
         given = arrays_in(args)
         new = [
-            None if x is None or any(np.may_share_memory(x, y) for y in given) else x
+            None if x is None or any(np.may_share_memory(x, y) for y in given) else _owner(x)
             for x in results
         ]
         made = [x for x in new if x is not None]
-        kept = any(np.may_share_memory(x, y) for x in arrays_in(results)
-                   for y in self.homes.values())  # fmt: skip
+        kept = any(np.may_share_memory(x, y) for x in arrays_in(results) for y in self.all_homes())
         if name in CHANGES and id(args[0]) in self.constants:
             self.tape.spoil(f"{name} changes a constant")
         if made or name in CHANGES or (kept and name != "fit"):
-            known = all(isinstance(x, np.ndarray) for x in made) and not arrays_in(kwargs)
-            if not known or sum(x.nbytes for x in made) > SMALL:
+            known = all(isinstance(x, np.ndarray) and x.flags.writeable for x in made)
+            if not known or arrays_in(kwargs) or sum(x.nbytes for x in made) > SMALL:
                 self.tape.spoil(f"{name} is not made of launches")
             self.tape.note(_again, (partial(function, **kwargs), args, tuple(new)))
         return type(found)(results) if several else results[0]
@@ -317,7 +325,10 @@ class _Recorder:
     def _know(self, array: Any) -> None:
         """Note that an array is where a gradient lies."""
         self.tape.others.add(id(array))
-        self.homes[id(array)] = array
+        self.homes[id(array)] = weakref.ref(array)
+
+    def all_homes(self) -> list[Any]:
+        return [array for there in self.homes.values() if (array := there()) is not None]
 
     def _deposited(self, borrowed: Any, owned: Any, given: Any = ()) -> None:
         found = {**owned, **borrowed}
@@ -349,6 +360,7 @@ class _Recorder:
         self.tape.calls.clear()
         self.tape.kept.clear()
         self.homes.clear()
+        self.constants.clear()
 
 
 def _again(function: Any, args: Any, results: Any) -> None:
@@ -356,7 +368,14 @@ def _again(function: Any, args: Any, results: Any) -> None:
     found = function(*args)
     for x, y in zip(results, found if isinstance(found, tuple | list) else [found]):
         if x is not None:
-            np.copyto(x, y)
+            np.copyto(x, _owner(y))
+
+
+def _owner(x: Any) -> Any:
+    """The array itself, or the one whose elements it repeats."""
+    while not x.flags.writeable and isinstance(getattr(x, "base", None), np.ndarray):
+        x = x.base
+    return x
 
 
 def _restore(leaves: Sequence[Any]) -> None:
