@@ -164,8 +164,8 @@ class Program:
                 )
                 self._records = 0 if isinstance(self.replay, str) else self._records - 1
                 return arrays
-        arrays, _ = self.forward(*inputs)
-        return arrays
+        found: list[Array] = self.forward(*inputs)[0]
+        return found
 
     def pull(self, g: Any, kept: list[Array], ends: list[Any]) -> Any:
         """The way back. It has settled for kernels that suit what lies in a row, in its mode."""
