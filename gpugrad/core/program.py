@@ -104,7 +104,7 @@ class Program:
         self._code = compiled(self.text, f"<gpugrad program {trace.name}>")
         self._open = writer.scope | writer.open_rules
         exec(self._code, writer.scope)
-        self.forward: Callable[..., Any] = writer.scope["forward"]
+        self.forward: Callable[..., tuple[list[Array], list[Array]]] = writer.scope["forward"]
         self.backward: Callable[..., Any] | None = writer.scope.get("backward")
         self._scope = writer.scope
         self._actions = {step.function for step in trace.steps if isinstance(step, Action)}
@@ -164,8 +164,8 @@ class Program:
                 )
                 self._records = 0 if isinstance(self.replay, str) else self._records - 1
                 return arrays
-        found: list[Array] = self.forward(*inputs)[0]
-        return found
+        arrays, _ = self.forward(*inputs)
+        return arrays
 
     def pull(self, g: Any, kept: list[Array], ends: list[Any]) -> Any:
         """The way back. It has settled for kernels that suit what lies in a row, in its mode."""
