@@ -17,16 +17,13 @@ from gpugrad.optim.arena import MASTER, Arena
 from gpugrad.optim.errors import OptimizerError
 from gpugrad.optim.flat import CLIPPED, FIRST, SKIPPED
 from gpugrad.optim.plan import Plan, fits, lay_out, make_plan
-from gpugrad.optim.rules import RULES
+from gpugrad.optim.rules import OTHERS, RULES, Told
 from gpugrad.optim.step import NONFINITE, Report, check_clip, run_step
 
 __all__ = ["Group", "Optimizer", "Params"]
 
 Group = dict[str, Any]
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Group]
-
-#: Entries of a parameter group that are no hyperparameters.
-_OTHER = frozenset(("params", "param_names", "name", "clip", "initial_lr"))
 
 
 class Optimizer:
@@ -57,6 +54,7 @@ class Optimizer:
 
     _arenas: list[list[Arena]]
     _plan: Plan | None
+    _told: list[Told]
     _report: Report
     _first: str | None
 
@@ -88,6 +86,7 @@ class Optimizer:
         """Begin without arenas, and without anything found out."""
         self._arenas = []
         self._plan = None
+        self._told = []
         self._report = Report()
         self._first = None
 
@@ -141,7 +140,7 @@ class Optimizer:
                     "twice in a step"
                 )
             seen.add(id(p))
-        unknown = param_group.keys() - self.defaults.keys() - _OTHER
+        unknown = param_group.keys() - self.defaults.keys() - OTHERS
         if unknown:
             raise OptimizerError(
                 f"{name}: unknown hyperparameters {sorted(unknown)}; it has {list(self.defaults)}"
@@ -220,7 +219,7 @@ class Optimizer:
         plan = self._planned()
         if plan.spans:
             run_step(
-                plan, self.param_groups, RULES[self.rule], self._report,
+                plan, self.param_groups, self._told, RULES[self.rule].rule, self._report,
                 clip=clip, scaler=scaler, nonfinite=nonfinite, name_of=self._name_at,
             )  # fmt: skip
         if given is not None:
@@ -253,9 +252,11 @@ class Optimizer:
 
     def _planned(self) -> Plan:
         """What to do in this step; what was done in the last, if nothing has changed."""
-        rule = RULES[self.rule]
-        names = [rule.state(group) for group in self.param_groups]
-        if self._plan is None or not self._plan.holds(self.param_groups, self.state, names):
+        rule, groups = RULES[self.rule], self.param_groups
+        if len(self._told) != len(groups):
+            self._told = [Told(rule, group) for group in groups]
+        names = [told.read(group).names for told, group in zip(self._told, groups)]
+        if self._plan is None or not self._plan.holds(groups, self.state, names):
             self._plan = None
             if not fits(self.param_groups, self._arenas):
                 self._first = self.first_nonfinite()
@@ -383,7 +384,7 @@ class Optimizer:
                 f"{[len(group['params']) for group in groups]} parameters, here they have {sizes}"
             )
         for mine, group in zip(self.param_groups, groups):
-            theirs = sorted(group.keys() - _OTHER)
+            theirs = sorted(group.keys() - OTHERS)
             if theirs != sorted(self.defaults):
                 raise OptimizerError(
                     f"{type(self).__name__}: the state has the hyperparameters {theirs}, here they "
@@ -426,7 +427,7 @@ class Optimizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy takes over: it has parameters of its own, and finds out for itself."""
-        own = ("_arenas", "_plan", "_report", "_first", "_hooks")
+        own = ("_arenas", "_plan", "_told", "_report", "_first", "_hooks")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import itemgetter
 from typing import Any
 
 from gpugrad.ops import updates
 
-__all__ = ["RULES", "UpdateRule"]
+__all__ = ["OTHERS", "RULES", "Told", "UpdateRule"]
 
 Group = Mapping[str, Any]
 
@@ -44,6 +45,48 @@ class UpdateRule:
     def state(self, group: Group) -> tuple[str, ...]:
         """Names of the arrays that are kept for a parameter of this group."""
         return _names(self.rule, tuple(self.states.items()), tuple(self.flags(group).items()))
+
+
+#: Entries of a parameter group that are no hyperparameters.
+OTHERS = frozenset(("params", "param_names", "name", "clip", "initial_lr"))
+
+#: Types of hyperparameters that do not change by themselves.
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+
+
+class Told:
+    """What a rule is told of a parameter group: found out again when a hyperparameter has changed.
+
+    Attributes
+    ----------
+    names, flags, numbers:
+        What the rule's `state`, `flags` and `numbers` give.
+    """
+
+    names: tuple[str, ...]
+    flags: dict[str, bool]
+    numbers: dict[str, float]
+
+    def __init__(self, rule: UpdateRule, group: Group) -> None:
+        self._rule = rule
+        self._pick = itemgetter(*(name for name in group if name not in OTHERS))
+        self._values: Any = None
+        self.read(group)
+
+    def read(self, group: Group) -> Told:
+        """Itself, for the group as it is now."""
+        values = self._pick(group)
+        if self._values is None or values != self._values:
+            rule = self._rule
+            self.names, self.flags, self.numbers = (
+                rule.state(group), rule.flags(group), rule.numbers(group),
+            )  # fmt: skip
+            self._values = values if _is_plain(values) else None
+        return self
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if type(value) is tuple else type(value) in _PLAIN
 
 
 @cache

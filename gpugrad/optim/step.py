@@ -35,7 +35,7 @@ from gpugrad.optim.flat import (
     unscale,
 )
 from gpugrad.optim.plan import Plan
-from gpugrad.optim.rules import UpdateRule
+from gpugrad.optim.rules import Told
 
 __all__ = ["NONFINITE", "Report", "check_clip", "run_step"]
 
@@ -51,6 +51,8 @@ def _bounded(clip: Any) -> GlobalNorm:
 
 def check_clip(clip: Any, name: str = "clip") -> None:
     """Raise ParameterError unless `clip` is None, a bound, or a policy."""
+    if type(clip) is float and clip >= 0:
+        return
     if not (clip is None or hasattr(clip, "coefficient") or hasattr(clip, "apply")):
         check_bound(clip, name)
 
@@ -150,7 +152,8 @@ def _shares(spans: Sequence[Span], groups: Sequence[dict[str, Any]], clip: Any) 
 def run_step(
     plan: Plan,
     groups: Sequence[dict[str, Any]],
-    rule: UpdateRule,
+    told: Sequence[Told],
+    rule: str,
     report: Report,
     *,
     clip: Any,
@@ -162,7 +165,8 @@ def run_step(
     policy = None if scaler is not None else _common_policy(plan.spans, groups, clip, nonfinite)
     if policy is not None:
         (span,) = plan.spans
-        span.arena.space.bind(_run_common)(span.g, span, policy, groups, rule, report, nonfinite)
+        run = span.arena.space.bind(_run_common)
+        run(span.g, span, policy, told[span.arena.group], rule, report, nonfinite)
         return
     shares = _shares(plan.spans, groups, clip)
     if nonfinite == "propagate" and scaler is not None:
@@ -183,7 +187,7 @@ def run_step(
             for share in shares
             if (mine := [s for s in share.spans if s.arena.device == device and s.arena.space is m])
         ]
-        step = _Step(m, here, groups, rule, report, scaler, nonfinite, name_of)
+        step = _Step(m, here, told, rule, report, scaler, nonfinite, name_of)
         m.bind(step.run)(span.g, plan.steps if len(places) == 1 else _steps(here), looks)
 
 
@@ -205,12 +209,12 @@ def _run_common(
     like: Array,
     span: Span,
     policy: GlobalNorm,
-    groups: Sequence[dict[str, Any]],
-    rule: UpdateRule,
+    told: Told,
+    rule: str,
     report: Report,
     nonfinite: str,
 ) -> None:
-    m, group = span.arena.space, groups[span.arena.group]
+    m = span.arena.space
     p, g, states = span.operands()
     measured = _known_norm(span)
     run = flat_step
@@ -227,9 +231,9 @@ def _run_common(
         base=span.arena.base + span.start,
         bound=policy.max_norm,
         nonfinite=nonfinite,
-        rule=rule.rule,
-        flags=rule.flags(group),
-        numbers=rule.numbers(group),
+        rule=rule,
+        flags=told.flags,
+        numbers=told.numbers,
         **({} if measured is None else {"measured": measured}),
     )
     report.note(found)
@@ -254,8 +258,8 @@ class _Step:
 
     m: Backend
     shares: list[_Share]
-    groups: Sequence[dict[str, Any]]
-    rule: UpdateRule
+    told: Sequence[Told]
+    rule: str
     report: Report
     scaler: Any
     nonfinite: str
@@ -383,7 +387,7 @@ class _Step:
     def _update(
         self, span: Span, count: Array, factor: Array | None, skip: Array | None, zero: bool
     ) -> None:
-        group = self.groups[span.arena.group]
+        told = self.told[span.arena.group]
         p, g, states = span.operands()
         out = flat_update(
             self.m,
@@ -394,9 +398,9 @@ class _Step:
             factor=factor,
             skip=skip,
             finite_only=zero,
-            rule=self.rule.rule,
-            flags=self.rule.flags(group),
-            numbers=self.rule.numbers(group),
+            rule=self.rule,
+            flags=told.flags,
+            numbers=told.numbers,
         )
         if self.m.mutable:
             span.round()
@@ -408,7 +412,7 @@ class _Step:
         """Put new arrays in the place of those that cannot change."""
         (place,) = span.places
         assert place.kept is not None
-        names = self.rule.state(self.groups[span.arena.group])
+        names = self.told[span.arena.group].names
         if span.arena.narrow:
             arrays = self.m.astype(arrays[0], span.p.dtype), *arrays
             names = MASTER, *names
