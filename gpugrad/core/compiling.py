@@ -287,6 +287,9 @@ def compile(function: Callable[..., Any]) -> Compiled:
             optimizer.step(clip=1.0)
             return loss
 
+    On the CPU the launches of such a step are noted once, with up to 64 MiB of memory that is kept
+    for them, and made again from then on with nothing in between.
+
     Parameters
     ----------
     function:

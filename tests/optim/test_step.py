@@ -499,3 +499,40 @@ def test_the_generic_passes_take_every_layout() -> None:
         )  # fmt: skip
         assert out == (p,)
         assert np.array_equal(p, before - g)
+
+
+# -- hyperparameters that change -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    lambda group: group.update(lr=0.5),
+    lambda group: group.update(weight_decay=0.0),
+    lambda group: group.update(betas=(0.5, 0.5)),
+    lambda group: group["betas"].__setitem__(0, 0.5),
+    lambda group: group.update(lr=gg.tensor(0.5, dtype="float64")),
+], ids=["lr", "a flag", "betas", "betas in place", "lr as a tensor"])  # fmt: skip
+def test_a_hyperparameter_holds_from_the_next_step_on(change) -> None:
+    def trained(changes):
+        p = gg.tensor(np.ones(4), requires_grad=True)
+        optimizer = gg.optim.AdamW([p], lr=0.1, betas=[0.9, 0.99])
+        for number in range(4):
+            if number == changes:
+                change(optimizer.param_groups[0])
+            p.grad = gg.tensor(np.arange(4.0) - number)
+            optimizer.step(clip=1.0)
+        return p.tolist()
+
+    assert len({tuple(trained(changes)) for changes in (0, 1, 2, 3, None)}) == 5
+
+
+def test_a_learning_rate_that_changes_in_place() -> None:
+    p, rate = gg.tensor([1.0, 1.0], requires_grad=True), gg.tensor(0.5)
+    optimizer = gg.optim.SGD([p], lr=0.5)
+    optimizer.param_groups[0]["lr"] = rate
+    found = []
+    for value in (0.5, 0.25, 0.0):
+        rate[...] = value
+        p.grad = gg.tensor([1.0, 1.0])
+        optimizer.step()
+        found.append(p.tolist())
+    assert found == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.25]]
