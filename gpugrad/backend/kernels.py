@@ -122,7 +122,9 @@ class Slot:
             if why is None:
                 if gate and _state.log is not None:
                     _state.log.append(Choice(self.name, kernel.label, "operands fit"))
-                return _told(self.name, kernel.run)
+                if tape.gate:
+                    _tell(self.name, kernel.run)
+                return kernel.run
             refusals.append(f"{kernel.label}: {why}")
         reason = "; ".join(refusals)
         if mode == "require":
@@ -135,14 +137,15 @@ class Slot:
     def _generic(self, generic: Callable[..., Any], why: str) -> Callable[..., Any]:
         if gate and _state.log is not None:
             _state.log.append(Choice(self.name, "generic", why))
-        return _told(self.name, generic)
+        if tape.gate:
+            _tell(self.name, generic)
+        return generic
 
 
-def _told(name: str, chosen: Callable[..., Any]) -> Callable[..., Any]:
-    """What has been chosen; a tape has no use for what does more than to launch."""
-    if tape.gate and not tape.is_replayable(chosen):
+def _tell(name: str, chosen: Callable[..., Any]) -> None:
+    """Tell a tape what has been chosen, which it has no use for if it does more than to launch."""
+    if not tape.is_replayable(chosen):
         tape.spoil(f"{name}, which is not made of launches")
-    return chosen
 
 
 class Settled:
