@@ -55,6 +55,8 @@ class Tape:
         Functions with their arguments, in order.
     kept:
         Arrays whose addresses may be among the arguments.
+    nbytes:
+        What these hold.
     others:
         Identities of arrays that belong to somebody else, and are not to be kept.
     trouble:
@@ -66,7 +68,7 @@ class Tape:
         self.kept: dict[int, Any] = {}
         self.others = others
         self.trouble: str | None = None
-        self._bytes = 0
+        self.nbytes = 0
         self._attempting = self._failed = False
 
     def __enter__(self) -> Tape:
@@ -92,8 +94,8 @@ class Tape:
             x = x.base
         if self.trouble is None and id(x) not in self.others and id(x) not in self.kept:
             self.kept[id(x)] = x
-            self._bytes += x.nbytes
-            if self._bytes > LIMIT:
+            self.nbytes += x.nbytes
+            if self.nbytes > LIMIT:
                 self._attempting = False
                 self.spoil(f"more than {LIMIT >> 20} MiB to be kept")
 

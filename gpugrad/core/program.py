@@ -163,6 +163,7 @@ class Program:
                     self._code, self.text, self._scope, self._actions, self.tensors, inputs
                 )
                 self._records = 0 if isinstance(self.replay, str) else self._records - 1
+                self._misses = 0
                 return arrays
         arrays, _ = self.forward(*inputs)
         return arrays

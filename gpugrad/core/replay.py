@@ -34,6 +34,9 @@ __all__ = ["Replay", "record"]
 #: Bytes of results that are copied without a thought.
 SMALL = 1 << 18
 
+#: Bytes that are kept for all programs together: there is one for each shape of arguments.
+TOTAL = 1 << 28
+
 #: Functions of programs that change what they are given.
 CHANGES = ("into", "write")
 
@@ -52,7 +55,14 @@ class Replay:
         What was found out while it ran.
     inputs, outputs:
         The arrays that it ran with, and those that it returned.
+
+    Attributes
+    ----------
+    nbytes, total:
+        Bytes that it keeps, and that all of them do.
     """
+
+    nbytes = total = 0
 
     def __init__(self, recorder: _Recorder, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         tape = recorder.tape
@@ -60,6 +70,8 @@ class Replay:
         self._busy = False
         self._outputs = list(outputs)
         self._kept = list(tape.kept.values())
+        self.nbytes = tape.nbytes
+        Replay.total += self.nbytes
         self._sizes = [x.itemsize for x in inputs]
         bounds = [byte_bounds(x) for x in inputs]
         #: Functions with their arguments, and what makes those that depend on the inputs.
@@ -71,7 +83,10 @@ class Replay:
             self._calls.append((function, args, makers))
         leaves = recorder.leaves
         recorder.forget()
-        self._leaves = [(leaf, leaf.home, had, *_references(leaf)) for leaf, had in leaves]
+        self._leaves = [
+            (leaf, leaf.home, weakref.ref(leaf.home.lent()), had, *_references(leaf))
+            for leaf, had in leaves
+        ]
 
     def run(self, inputs: Sequence[Any]) -> list[Any] | None:
         """The results for these inputs; None if the program has to be run from its text."""
@@ -83,12 +98,12 @@ class Replay:
             if place % size or not x.flags.writeable:
                 return None
             places.append(place)
-        for leaf, home, had, of_grad, of_array in self._leaves:
-            if leaf.home is not home or leaf.extra is not None:
+        for leaf, home, there, had, of_grad, of_array in self._leaves:
+            if leaf.home is not home or leaf.extra is not None or home.lent() is not there():
                 return None
             if leaf.grad is None:
                 of_grad, of_array = 0, of_array - 1
-            elif not had or leaf.grad.data is not home.lent():
+            elif not had or leaf.grad.data is not there():
                 return None
             if _references(leaf) != (of_grad, of_array):
                 return None
@@ -102,7 +117,10 @@ class Replay:
                     args[i] = None
         finally:
             self._busy = False
-        return [x.copy() for x in self._outputs]
+        return [x.copy(order="K") for x in self._outputs]
+
+    def __del__(self) -> None:
+        Replay.total -= self.nbytes
 
 
 def _references(leaf: Any) -> tuple[int, int]:
@@ -151,7 +169,7 @@ def record(
         if trouble is not None:
             return outputs, trouble
         recorder.leaves = [(leaf, had.get(id(leaf), False)) for leaf, _ in recorder.leaves]
-        return [x.copy() for x in outputs], Replay(recorder, inputs, outputs)
+        return [x.copy(order="K") for x in outputs], Replay(recorder, inputs, outputs)
     finally:
         recorder.forget()
         watched.clear()  # a function refers to its globals, and they to it
@@ -173,6 +191,8 @@ def _trouble(
             return "a result that is large"
         if any(np.may_share_memory(x, y) for x in (*outside, *inputs, *recorder.all_homes())):
             return "a result that shares memory with something"
+    if Replay.total + recorder.tape.nbytes > TOTAL:
+        return f"more than {TOTAL >> 20} MiB to be kept for all programs"
     bounds = [byte_bounds(x) for x in inputs]
     for _, args in recorder.tape.calls:
         for table in args:
@@ -314,7 +334,7 @@ class _Recorder:
             if not known or arrays_in(kwargs) or sum(x.nbytes for x in made) > SMALL:
                 self.tape.spoil(f"{name} is not made of launches")
             self.tape.note(_again, (partial(function, **kwargs), args, tuple(new)))
-        return type(found)(results) if several else results[0]
+        return (tuple(results) if isinstance(found, tuple) else results) if several else results[0]
 
     def _destination(self, leaf: Any) -> Any:
         array = destination(leaf)

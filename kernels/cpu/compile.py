@@ -131,8 +131,12 @@ def in_a_row(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def copied(x: np.ndarray[Any, Any], dtype: Any = None) -> np.ndarray[Any, Any]:
     """A copy whose elements lie one after the other, of another type perhaps."""
     made = np.empty(x.shape, x.dtype if dtype is None else dtype)
-    call(np.copyto, made, x)
+    call(_assign, made, x)
     return made
+
+
+def _assign(made: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> None:
+    made[...] = x
 
 
 class _Writable:

@@ -13,8 +13,9 @@ import pytest
 import gpugrad as gg
 from gpugrad import nn, optim
 from gpugrad.backend import tape
-from gpugrad.core import program
+from gpugrad.core import program, replay
 from gpugrad.core.replay import Replay
+from gpugrad.kernels.cpu import SLOTS
 from gpugrad.nn import functional as F
 from gpugrad.ops.indexing import getitem
 
@@ -59,6 +60,7 @@ def normal(*shape):
 #: A net by name, what makes its input, and rows of the target.
 NETS = {
     "small layers": (lambda: chain(6, 8, 8, 10), normal(4, 6), 4),
+    "many small layers": (lambda: chain(*[8] * 12, 10, activation=nn.Tanh), normal(4, 8), 4),
     "one layer": (lambda: chain(6, 10), normal(4, 6), 4),
     "large layers": (lambda: chain(256, 512, 384, 10), normal(128, 256), 128),
     "large layers with tanh": (
@@ -185,6 +187,51 @@ def test_launches_do_what_the_text_does(name, trainers) -> None:
     assert isinstance(made[1].replay, str)
 
 
+#: Small nets, which get kernels only where these are required.
+SMALL = (
+    "small layers",
+    "many small layers",
+    "one layer",
+    "lstm",
+    "lstm, all steps",
+    "gru",
+    "gru, all steps",
+    "rnn",
+)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_kernels_do_what_the_text_does(name, trainers) -> None:
+    make, data, rows = NETS[name]
+    with gg.use_kernels("require"):
+        made = trainers(make)
+        compare(made, [batch(i, data, rows) for i in range(7)])
+        assert isinstance(made[2].replay, Replay)
+
+
+def test_all_kernels_that_are_declared_are_among_them(trainers, monkeypatch) -> None:
+    seen = set()
+
+    def is_replayable(run):
+        seen.add(run)
+        return asked(run)
+
+    asked = tape.is_replayable
+    for module in (tape, replay):
+        monkeypatch.setattr(module, "is_replayable", is_replayable)
+    for mode, names in (("require", SMALL), ("auto", NETS)):
+        for name in names:
+            make, data, rows = NETS[name]
+            with gg.use_kernels(mode):
+                trainer = trainers(make)[2]
+                for i in range(4):
+                    trainer.run(*batch(i, data, rows))
+    declared = {kernel.run for slot in SLOTS.values() for kernel in slot.kernels
+                if asked(kernel.run)}  # fmt: skip
+    missing = {f"{run.__module__.rpartition('.')[2]}.{run.__name__}" for run in declared - seen}
+    assert missing == set()
+
+
 @pytest.mark.parametrize("options", [
     {"label_smoothing": 0.1}, {"reduction": "sum"}, {"weight": gg.tensor(np.ones(10, "float32"))},
     {"ignore_index": 3},
@@ -201,6 +248,26 @@ def test_rows_that_lie_side_by_side(rows, trainers) -> None:
     made = trainers(lambda: chain(6, 3))
     compare(made, [batch(i, normal(rows, 6), rows, 3) for i in range(6)])
     assert isinstance(made[2].replay, Replay)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_parameters(dtype, trainers) -> None:
+    make, data, rows = NETS["small layers"]
+    made = trainers(lambda: make().to(dtype=dtype))
+    compare(made, [(x.to(dtype), t) for x, t in (batch(i, data, rows) for i in range(6))])
+    assert isinstance(made[2].replay, Replay)
+
+
+def test_a_result_with_an_order_of_its_own() -> None:
+    @gg.compile
+    def turned(x):
+        with gg.no_grad():
+            return gg.matrix_transpose(x * 2.0)
+
+    for _ in range(5):
+        y = turned(gg.tensor(np.arange(6.0).reshape(2, 3)))
+    assert y.data.strides == (8, 24)
+    assert y.tolist() == [[0.0, 6.0], [2.0, 8.0], [4.0, 10.0]]
 
 
 def test_several_losses_of_one_net(trainers) -> None:
@@ -405,6 +472,25 @@ def test_what_needs_much_memory_is_run_from_its_text(trainers, monkeypatch) -> N
     made = trainers(make)
     compare(made, [batch(i, data, rows) for i in range(6)])
     assert "MiB" in made[2].replay
+
+
+def test_all_programs_together_keep_so_much(trainers, monkeypatch) -> None:
+    make = NETS["large layers"][0]
+    gc.collect()
+    before = Replay.total
+    trainer = trainers(make)[2]
+    for rows in (128, 64):
+        for i in range(5):
+            trainer.run(*batch(i, normal(rows, 256), rows))
+        monkeypatch.setattr(replay, "TOTAL", Replay.total)
+    kinds = trainer.step._kinds.values()
+    found = [p.replay for kind in kinds for p, _ in kind.programs]
+    assert isinstance(found[0], Replay)
+    assert "for all programs" in found[-1]
+    assert before < Replay.total <= replay.TOTAL
+    del found, kinds, trainer
+    gc.collect()
+    assert Replay.total == before
 
 
 # -- the tape --------------------------------------------------------------------------------------
