@@ -317,7 +317,7 @@ class Run:
         sums.seen += int(size.sum())
         sums.loss += float((size * loss).sum())
         sums.correct += float(correct.sum())
-        sums.norm += float(norm.sum()) / self.config.accumulate
+        sums.norm += float(norm.sum())
         sums.greatest_norm = max(sums.greatest_norm, float(norm.max()))
         return Reading(
             self.epoch + 1,
@@ -352,7 +352,8 @@ class Run:
             "train_accuracy": sums.correct / sums.seen,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
-            "grad_norm": sums.norm / self.step,
+            # Divided once: in parts, it would depend on where the epoch was interrupted.
+            "grad_norm": sums.norm / (self.step * self.config.accumulate),
             "grad_norm_max": sums.greatest_norm,
             "seconds": sums.seconds,
             "samples_per_second": sums.seen / max(sums.seconds, 1e-9),

@@ -92,7 +92,9 @@ class Program:
         self._actions = {step.function for step in trace.steps if isinstance(step, Action)}
         #: What is run in the place of the text, or why there is no such thing.
         self.replay: Replay | str = "it has not been run yet"
-        host = all(isinstance(x.data, np.ndarray) for x in (*trace.inputs, *self.tensors))
+        met = [x.data for x in (*trace.inputs, *self.tensors, *outputs)]
+        met += [found.array for found in trace.captured.values()]
+        host = all(isinstance(x, np.ndarray) for x in met)
         usable = host and self.backward is None and not self.generators
         self._records, self._runs, self._misses = (RECORDS if usable else 0), 0, 0
 
