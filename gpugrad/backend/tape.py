@@ -201,6 +201,6 @@ def replayable(run: F) -> F:
     return run
 
 
-def is_replayable(run: Callable[..., Any]) -> bool:
+def is_replayable(run: Any) -> bool:
     """Whether that has been declared."""
     return getattr(run, "replayable", False)

@@ -15,6 +15,7 @@ import re
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from inspect import unwrap
 from sys import getrefcount
 from threading import get_ident
 from types import CodeType
@@ -40,7 +41,7 @@ TOTAL = 1 << 28
 #: Functions of programs that change what they are given.
 CHANGES = ("into", "write")
 
-_deposit: Any = deposit.__wrapped__  # type: ignore[attr-defined]
+_deposit = unwrap(deposit)
 
 Bounds = tuple[int, int]
 Maker = Callable[[Sequence[Any], Sequence[int]], Any]
@@ -53,6 +54,8 @@ class Replay:
     ----------
     recorder:
         What was found out while it ran.
+    had:
+        Identities of the leaves that had a gradient before.
     inputs, outputs:
         The arrays that it ran with, and those that it returned.
 
@@ -64,7 +67,9 @@ class Replay:
 
     nbytes = total = 0
 
-    def __init__(self, recorder: _Recorder, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    def __init__(
+        self, recorder: _Recorder, had: set[int], inputs: Sequence[Any], outputs: Sequence[Any]
+    ) -> None:
         tape = recorder.tape
         self._thread = get_ident()
         self._busy = False
@@ -84,8 +89,8 @@ class Replay:
         leaves = recorder.leaves
         recorder.forget()
         self._leaves = [
-            (leaf, leaf.home, weakref.ref(leaf.home.lent()), had, *_references(leaf))
-            for leaf, had in leaves
+            (leaf, leaf.home, weakref.ref(leaf.home.lent()), id(leaf) in had, *_references(leaf))
+            for leaf in leaves
         ]
 
     def run(self, inputs: Sequence[Any]) -> list[Any] | None:
@@ -156,7 +161,8 @@ def record(
     """
     outside = [x.data for x in tensors]
     recorder = _Recorder({id(x) for x in (*outside, *inputs)}, actions)
-    had = {id(x._node): x._node.grad is not None for x in tensors if type(x._node) is Leaf}
+    leaves = [x._node for x in tensors if type(x._node) is Leaf]
+    had = {id(leaf) for leaf in leaves if leaf.grad is not None}
     called = {*re.findall(r"\b(\w+)\(", text)}
     watched = {
         name: recorder.watched(name, x) if name in called else x for name, x in scope.items()
@@ -168,8 +174,7 @@ def record(
         trouble = recorder.tape.trouble or _trouble(recorder, outside, inputs, outputs)
         if trouble is not None:
             return outputs, trouble
-        recorder.leaves = [(leaf, had.get(id(leaf), False)) for leaf, _ in recorder.leaves]
-        return [x.copy(order="K") for x in outputs], Replay(recorder, inputs, outputs)
+        return [x.copy(order="K") for x in outputs], Replay(recorder, had, inputs, outputs)
     finally:
         recorder.forget()
         watched.clear()  # a function refers to its globals, and they to it
@@ -179,7 +184,7 @@ def _trouble(
     recorder: _Recorder, outside: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> str | None:
     """Why what was recorded is not to be run again, if it is not."""
-    if {id(leaf.home.lent()) for leaf, _ in recorder.leaves} != {*recorder.homes}:
+    if {id(leaf.home.lent()) for leaf in recorder.leaves} != {*recorder.homes}:
         return "gradients that are written in their places and not kept there"
     for i, x in enumerate(inputs):
         if not (x.flags.c_contiguous and x.flags.aligned and x.flags.writeable):
@@ -256,7 +261,7 @@ class _Recorder:
     Attributes
     ----------
     leaves:
-        Leaves that got a gradient, and whether they had one before.
+        Leaves that got a gradient.
     homes:
         Weak references to the arrays where these lie, by identity: who holds them is looked at.
     constants:
@@ -266,7 +271,7 @@ class _Recorder:
     def __init__(self, others: set[int], actions: Collection[Any]) -> None:
         self.tape = Tape(others)
         self.actions = actions
-        self.leaves: list[tuple[Any, bool]] = []
+        self.leaves: list[Any] = []
         self.homes: dict[int, Any] = {}
         self.constants: dict[int, Any] = {}
 
@@ -298,7 +303,7 @@ class _Recorder:
         self, name: str, function: Any, settled: Settled, *args: Any, **kwargs: Any
     ) -> Any:
         """Call what has chosen a kernel, whose launches are noted if that is all that it does."""
-        if is_replayable(settled.chosen):  # type: ignore[arg-type]
+        if is_replayable(settled.chosen):
             return self._declared(name, function, *args, **kwargs)
         return self._whole(name, function, *args, **kwargs)
 
@@ -365,7 +370,7 @@ class _Recorder:
             if g is not array:
                 self._know(array)
                 self.tape.note(np.copyto, (array, g))
-        self.leaves += [(leaf, False) for leaf in found]
+        self.leaves += found
         self.tape.note(_restore, (list(found),))
 
     def _act(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
