@@ -374,7 +374,7 @@ class _Recorder:
         self.tape.note(_restore, (list(found),))
 
     def _act(self, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        self.tape.note(partial(function, *args, **kwargs), ())
+        self.tape.note(partial(function, **kwargs), args)
         found = self.tape.apart(function, *args, **kwargs)
         if found is not None:
             self.tape.spoil(f"what {name} returns is used")

@@ -140,7 +140,7 @@ class Walk:
 
 @dataclass
 class Action:
-    """A call of a function that changes something beside its results."""
+    """A call of a function that changes something beside its results, or looks for errors."""
 
     function: Callable[..., Any]
     args: Expression

@@ -266,6 +266,13 @@ class Trace:
         self._found = [(x, x.data, x._node) for x, *_ in self._found]
         return found
 
+    def checked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Note what looked at elements, and found nothing wrong."""
+        if not (self._busy or self._inside):
+            place = _place()
+            given = self._given(_listed(args), place), self._given(_listed(kwargs), place)
+            self.steps.append(Action(function, *given, [], place))
+
     @contextmanager
     def _acting(self) -> Iterator[None]:
         """Note nothing of what happens inside the block."""

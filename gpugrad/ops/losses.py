@@ -10,6 +10,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
+from gpugrad.core.actions import check
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor, raw_index
@@ -57,10 +58,9 @@ def _check_classes(name: str, input: Array, target: Array, weight: Array | None)
         )
 
 
-def _check_range(name: str, m: Backend, target: Array, ignore_index: int, classes: int) -> None:
-    """Name the first target that is no class; where looking costs no waiting."""
-    if not m.on_host:
-        return
+@check
+def _check_range(name: str, target: Array, ignore_index: int, classes: int) -> None:
+    """Name the first target that is no class."""
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if bad.any():
         place = tuple(int(i[0]) for i in np.nonzero(bad)) if target.ndim else ()
@@ -302,7 +302,8 @@ def cross_entropy(
     if target.dtype.kind in "iu":
         weight = None if weight is None else together(input, weight)[1]
         _check_classes("cross_entropy", input, target, weight)
-        _check_range("cross_entropy", input.backend, target.data, ignore_index, input.shape[1])
+        if input.backend.on_host:  # where looking costs no waiting
+            _check_range("cross_entropy", target.data, ignore_index, input.shape[1])
         return class_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
     if target.dtype.kind == "b":
         raise DTypeError("cross_entropy: target holds class indices or probabilities, not booleans")
@@ -364,7 +365,8 @@ def nll_loss(
             "are for cross_entropy, which takes logits"
         )
     _check_classes("nll_loss", input, target, weight)
-    _check_range("nll_loss", input.backend, target.data, ignore_index, input.shape[1])
+    if input.backend.on_host:
+        _check_range("nll_loss", target.data, ignore_index, input.shape[1])
     counts, index, weights = _counted(differentiable, input, target, weight, ignore_index)
     loss = differentiable.where(counts != 0, -_picked(differentiable, input, index), 0.0) * weights
     if reduction == "none":
