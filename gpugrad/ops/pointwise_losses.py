@@ -11,6 +11,7 @@ import numpy as np
 
 from gpugrad.backend import Array, Backend
 from gpugrad.backend.kernels import fusible
+from gpugrad.core.actions import check
 from gpugrad.core.conversion import asarray
 from gpugrad.core.primitive import composite, differentiable, primitive, sample
 from gpugrad.core.tensor import Tensor
@@ -77,20 +78,26 @@ def _mean_by_weight(
     return whole / sum(weight) if reduction == "mean" else whole
 
 
-def _refuse_elements(name: str, x: Tensor, low: float, high: float, bad: Any, what: str) -> None:
-    """Name the first element that is ``bad``; where looking costs no waiting.
+@check
+def _refuse_elements(name: str, x: Array, low: float, high: float, bad: Any, what: str) -> None:
+    """Name the first element that is ``bad``.
 
     Between ``low`` and ``high`` none is, which the extremes tell without a temporary.
     """
-    if not x.backend.on_host or not x.size:
+    if not x.size or (x.min() >= low and x.max() <= high):
         return
-    m: Any = x.backend
-    if m.min(x.data) >= low and m.max(x.data) <= high:
-        return
-    found = np.asarray(bad(x.data))
+    found = np.asarray(bad(x))
     if found.any():
         place = tuple(int(i[0]) for i in np.nonzero(found)) if found.ndim else ()
-        raise OutOfRangeError(f"{name}: {x.data[place]} at {list(place)} {what}")
+        raise OutOfRangeError(f"{name}: {x[place]} at {list(place)} {what}")
+
+
+def _negative(variance: Array) -> Any:
+    return variance < 0
+
+
+def _no_probability(p: Array) -> Any:
+    return ~((p >= 0) & (p <= 1))
 
 
 def _reference(loss: Any) -> Any:
@@ -406,7 +413,10 @@ def gaussian_nll_loss(
                 f"{name}: var of shape {var.shape} for an input of shape {x.shape}; it needs that "
                 "shape, or one axis of size 1"
             )
-    _refuse_elements(name, var, 0.0, math.inf, lambda v: v < 0, "is no variance: it is negative")
+    if var.backend.on_host:  # where looking costs no waiting
+        _refuse_elements(
+            name, var.data, 0.0, math.inf, _negative, "is no variance: it is negative"
+        )  # fmt: skip
     var = var + (differentiable.maximum(var.detach(), eps) - var.detach())
     if var.shape != x.shape:
         var = differentiable.broadcast_to(var, x.shape)
@@ -459,11 +469,12 @@ def binary_cross_entropy(
     """
     name = "binary_cross_entropy"
     p, t = pair(name, input, target)
-    _refuse_elements(
-        name, p, 0.0, 1.0, lambda p: ~((p >= 0) & (p <= 1)),
-        "is no probability, a number from 0 to 1; for logits there is "
-        "binary_cross_entropy_with_logits",
-    )  # fmt: skip
+    if p.backend.on_host:
+        _refuse_elements(
+            name, p.data, 0.0, 1.0, _no_probability,
+            "is no probability, a number from 0 to 1; for logits there is "
+            "binary_cross_entropy_with_logits",
+        )  # fmt: skip
     return _loss(name, "binary_cross_entropy", p, t, reduction, weight=weight)
 
 

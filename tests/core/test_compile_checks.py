@@ -60,3 +60,21 @@ def test_a_target_that_is_no_class_stops_a_compiled_loss(name):
         scores(x, good)
     with pytest.raises(OutOfRangeError, match=rf"{name}: target 5 at \[3\] is no class"):
         scores(x, bad)
+
+
+@pytest.mark.parametrize(
+    ("loss", "good", "bad", "words"),
+    [
+        (gg.binary_cross_entropy, 0.5, 1.5, r"1.5 at \[2\] is no probability"),
+        (lambda v, t: gg.gaussian_nll_loss(t, t, v), 0.5, -1.0, r"-1.0 at \[2\] is no variance"),
+    ],
+    ids=["binary_cross_entropy", "gaussian_nll_loss"],
+)
+def test_an_element_out_of_range_stops_a_compiled_loss(loss, good, bad, words):
+    x, target = np.full(4, good), gg.ones(4, dtype="float64")
+    compiled = gg.compile(loss)
+    for _ in range(3):
+        compiled(gg.tensor(x), target)
+    x[2] = bad
+    with pytest.raises(OutOfRangeError, match=words):
+        compiled(gg.tensor(x), target)
