@@ -51,7 +51,7 @@ def convolution(
         ours=lambda gg, x, w, b: gg.nn.functional.conv2d(x, w, b, *options, activation="relu"),
         torch=lambda torch, x, w, b: torch.relu(torch.nn.functional.conv2d(x, w, b, *options)),
         jax=with_jax,
-        covers=("ops/convolution", "kernels/cpu/convolution"),
+        covers=("ops/convolution", "kernels/cpu/convolution", "kernels/cpu/winograd"),
         moved=lambda n: 3 * n * (channels * places**2 + outputs * after**2)
         + 3 * outputs * taps,
         flops=lambda n: 6 * n * outputs * after**2 * taps,

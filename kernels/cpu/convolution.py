@@ -6,6 +6,8 @@ that lie otherwise are turned first; results lie with the channels last behind t
 (N, C, H, W), so that layers in a row turn nothing. Where there is padding, images are copied into
 one with a border, a band of rows at a time.
 
+Windows of 3×3 that lie close are for :mod:`gpugrad.kernels.cpu.winograd`, where there are enough.
+
 The gradient of the input is the same with the weights turned around and the strides undone. The
 gradient of the weights is summed over pieces of the batch, `CHUNKS` at most whatever the number of
 threads, and these sums are added in order.
@@ -22,7 +24,7 @@ from numba import prange
 from gpugrad.backend import Backend
 from gpugrad.backend.kernels import Kernel
 from gpugrad.backend.scratch import empty
-from gpugrad.kernels.cpu import pool
+from gpugrad.kernels.cpu import pool, winograd
 from gpugrad.kernels.cpu.compile import CpuTemplate, numpy_storage, parallel, serial
 from gpugrad.kernels.cpu.elementwise import LABEL
 from gpugrad.kernels.cpu.memory import (
@@ -195,15 +197,15 @@ def _backward(shape, sizes, corner, border, wants, g, kept, x, packed, gx, sums,
 
 
 @cache
-def _forward_loops(activation: str | None, both: bool) -> CpuTemplate:
+def _with_finish(loops: CpuTemplate, activation: str | None, both: bool) -> CpuTemplate:
     rule = _same if activation is None else formula(activation).plain
-    return _forward.bind(finish=(_finish_both if both else _finish).bind(f=rule))
+    return loops.bind(finish=(_finish_both if both else _finish).bind(f=rule))
 
 
 @cache
-def _backward_loops(activation: str | None) -> CpuTemplate:
+def _with_slope(loops: CpuTemplate, activation: str | None) -> CpuTemplate:
     rule = _pass_on if activation is None else formula(f"{activation}_partial").plain
-    return _backward.bind(slope=_slope.bind(df=rule))
+    return loops.bind(slope=_slope.bind(df=rule))
 
 
 class Call:
@@ -298,6 +300,59 @@ def narrowed(x: Array | None, dtype: Any, home: Array | None) -> Array | None:
     return home
 
 
+def _run_forward(
+    loops: CpuTemplate, call: Call, storage: str, x: Array, weight: Array, row: int, z: Array,
+    y: Array,
+) -> None:  # fmt: skip
+    """Fill `z`, and `y`, by what `finish` makes of it; `row` is where the bias lies, tiled."""
+    packed = call.packed(weight, storage, transposed=False, turned=False)
+    _, _, _, kh, _, sh, _, dh, _, _ = call.shape
+    size = x.dtype.itemsize
+    line = size * max(call.places * call.o + sh * call.wide * call.c, 1)
+    band = max(1, min(call.rows, BAND // line))
+    room = ((band - 1) * sh + (kh - 1) * dh + 1) * call.wide * call.c if call.bordered else 0
+    parts = min(pool.get_num_threads(), max(1, call.n * -(-call.rows // band)))
+    scratch = empty((parts * room,), x.dtype)
+    loops[storage](
+        call.shape, (call.n, call.h, call.w, call.rows, call.wide), call.corner, address(x),
+        address(packed), row, address(z), address(y), band, address(scratch), room, parts,
+    )  # fmt: skip
+
+
+def _run_backward(
+    loops: CpuTemplate, call: Call, storage: str, g: Array, kept: Array, x: Array, weight: Array,
+    wants: tuple[bool, bool], shape: Shape, home: Array | None,
+) -> tuple[Array | None, Array | None, Array]:  # fmt: skip
+    """Gradients of the input and of the weights, where wanted, and shares of that of the bias."""
+    want_input, want_weight = wants
+    packed = np.empty(0, x.dtype)
+    if want_input:
+        packed = call.packed(weight, storage, transposed=True, turned=call.gathered)
+    gx = empty((call.n, call.h, call.w, call.c) if want_input else (0,), x.dtype)
+    weights = call.weights(storage)
+    nbytes = weights * x.dtype.itemsize
+    chunks = min(CHUNKS, call.n, max(4, CHUNK_BYTES // nbytes))
+    sums = empty((chunks if want_weight else 0, weights), x.dtype)
+    biases = np.empty((chunks, call.places, call.o), x.dtype)
+    use_border = want_input and call.gathered
+    border = call.border if use_border else (0, 0, call.rows, call.places)
+    room = call.tall * call.wide * call.c if call.bordered else 0
+    g_room = border[2] * border[3] * call.o
+    parts = min(pool.get_num_threads(), chunks)
+    # Images whose shares of the weights' gradient are added up together: many, if it is large.
+    image = (call.h * call.w * call.c + g_room) * x.dtype.itemsize
+    at_once = max(1, min(-(-call.n // chunks), TOGETHER // image, nbytes // image))
+    scratch = empty((parts * at_once * (room + g_room),), x.dtype)
+    loops[storage](
+        call.shape, (call.n, call.h, call.w, call.rows, call.wide, call.tall), call.corner, border,
+        (want_input, call.gathered, want_weight), address(g), address(kept), address(x),
+        address(packed), address(gx), address(sums), weights, address(biases), chunks,
+        address(scratch), (room, g_room), at_once, parts,
+    )  # fmt: skip
+    gw = call.unpacked(storage, sums, shape, home) if want_weight else None
+    return gx if want_input else None, gw, biases
+
+
 def convolution(
     m: Backend, x: Array, weight: Array, bias: Array | None = None, stride: Any = (1, 1),
     padding: Any = ((0, 0), (0, 0)), dilation: Any = (1, 1), groups: int = 1,
@@ -312,7 +367,6 @@ def convolution(
         return result, None if kept is None else result if kept is y else kept.astype(x.dtype)
     call = call_of(x.shape, weight.shape, stride, padding, dilation, groups)
     own = call.inside(x)
-    packed = call.packed(weight, storage, transposed=False, turned=False)
     y = empty(call.result, x.dtype)
     # What the derivative is told: the result, or what the activation was applied to.
     both = activation is not None and "y" not in formula(f"{activation}_partial").operands
@@ -322,17 +376,10 @@ def convolution(
         tiled = np.empty((call.places, call.o), x.dtype)
         tiled[...] = 0 if bias is None else bias
         row = address(tiled)
-    _, _, _, kh, _, sh, _, dh, _, _ = call.shape
-    size = x.dtype.itemsize
-    line = size * max(call.places * call.o + sh * call.wide * call.c, 1)
-    band = max(1, min(call.rows, BAND // line))
-    room = ((band - 1) * sh + (kh - 1) * dh + 1) * call.wide * call.c if call.bordered else 0
-    parts = min(pool.get_num_threads(), max(1, call.n * -(-call.rows // band)))
-    scratch = empty((parts * room,), x.dtype)
-    _forward_loops(activation, both)[storage](
-        call.shape, (call.n, call.h, call.w, call.rows, call.wide), call.corner, address(own),
-        address(packed), row, address(z), address(y), band, address(scratch), room, parts,
-    )  # fmt: skip
+    tiles = winograd.suits(call, storage)
+    loops = _with_finish(winograd.results if tiles else _forward, activation, both)
+    way = winograd.forward if tiles else _run_forward
+    way(loops, call, storage, own, weight, row, z, y)
     result = call.outside(y, x.shape)
     if activation is None:
         return result, None
@@ -356,36 +403,14 @@ def convolution_backward(
     call = call_of(x.shape, weight.shape, stride, padding, dilation, groups)
     own, top = call.inside(x), call.inside(g)
     told = top if kept is None else call.inside(kept)
-    gathered = call.gathered
-    packed = (call.packed(weight, storage, transposed=True, turned=gathered) if needs[0]
-              else np.empty(0, x.dtype))  # fmt: skip
-    gx = empty((call.n, call.h, call.w, call.c) if needs[0] else (0,), x.dtype)
-    weights = call.weights(storage)
-    nbytes = weights * x.dtype.itemsize
-    chunks = min(CHUNKS, call.n, max(4, CHUNK_BYTES // nbytes))
-    sums = empty((chunks if needs[1] else 0, weights), x.dtype)
-    biases = np.empty((chunks, call.places, call.o), x.dtype)
-    use_border = bool(needs[0]) and gathered
-    border = call.border if use_border else (0, 0, call.rows, call.places)
-    room = call.tall * call.wide * call.c if call.bordered else 0
-    g_room = border[2] * border[3] * call.o
-    parts = min(pool.get_num_threads(), chunks)
-    # Images whose shares of the weights' gradient are added up together: many, if it is large.
-    image = (call.h * call.w * call.c + g_room) * x.dtype.itemsize
-    at_once = max(1, min(-(-call.n // chunks), TOGETHER // image, nbytes // image))
-    scratch = empty((parts * at_once * (room + g_room),), x.dtype)
-    _backward_loops(activation)[storage](
-        call.shape, (call.n, call.h, call.w, call.rows, call.wide, call.tall), call.corner, border,
-        (bool(needs[0]), gathered, bool(needs[1])), address(top), address(told), address(own),
-        address(packed), address(gx), address(sums), weights, address(biases), chunks,
-        address(scratch), (room, g_room), at_once, parts,
-    )  # fmt: skip
-    gw = gb = None
-    if needs[1]:
-        gw = call.unpacked(storage, sums, weight.shape, weight_home)
-    if needs[2]:
-        gb = np.add.reduce(biases, axis=(0, 1), out=bias_home)
-    return call.outside(gx, x.shape) if needs[0] else None, gw, gb
+    tiles = winograd.suits(call, storage)
+    loops = _with_slope(winograd.gradients if tiles else _backward, activation)
+    way = winograd.backward if tiles else _run_backward
+    wants = bool(needs[0]), bool(needs[1])
+    gx, gw, biases = way(loops, call, storage, top, told, own, weight, wants, weight.shape,
+                         weight_home)  # fmt: skip
+    gb = np.add.reduce(biases, axis=(0, 1), out=bias_home) if needs[2] else None
+    return None if gx is None else call.outside(gx, x.shape), gw, gb
 
 
 def misfit(x: Any, weight: Any, bias: Any) -> str | None:

@@ -628,6 +628,25 @@ def convolution():
         yield from derived(plain_convolution, x, w, None, **usual, activation=activation)
 
 
+#: Input, weight, padding, for tiles: whole and half ones, with borders and without.
+TILES = (
+    ((9, 3, 6, 6), (3, 3, 3, 3), ((0, 0), (0, 0))),
+    ((9, 9, 5, 5), (12, 9, 3, 3), ((1, 0), (0, 0))),
+    ((2, 9, 9, 7), (3, 9, 3, 3), ((1, 1), (1, 0))),
+    ((1, 9, 10, 10), (9, 9, 3, 3), ((0, 0), (0, 0))),
+    ((1, 3, 8, 11), (3, 3, 3, 3), ((0, 0), (0, 0))),
+)
+
+
+def winograd():
+    for x, weight, padding in TILES:
+        arrays = random(*x), random(*weight, seed=1), random(weight[0], seed=2)
+        for activation in (None, "relu", "gelu"):
+            yield from derived(plain_convolution, *arrays, padding=padding, activation=activation)
+        for wanted in NEEDS:
+            yield from derived(plain_convolution, *arrays, padding=padding, wanted=wanted)
+
+
 #: Input, weight, places of the result, stride, padding, dilation, groups.
 TRANSPOSED = (
     ((3, 4, 4, 5), (4, 5, 4, 4), (8, 10), (2, 2), (1, 1), (1, 1), 1),

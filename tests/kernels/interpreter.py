@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpugrad.kernels.cpu import attention, gemm, microkernel, pool, products, scan
+from gpugrad.kernels.cpu import attention, gemm, microkernel, pool, products, scan, winograd
 from gpugrad.kernels.cpu import compile as compiler
 from gpugrad.kernels.cpu import memory as memory_
 from gpugrad.kernels.template import arithmetic
@@ -56,6 +56,7 @@ SMALL = {
     "scores": {},
     "attention": {"QUERIES": 8, "KEYS": 6, "RANGE": 8, "ENOUGH": 3},
     "windows": {"DEPTH": 8},
+    "winograd": {"VECTOR": 12, "TILES": 8, "CHANNELS": 6, "FEWEST": 4, "CHUNKS": 4},
     "convolution": {"CHUNKS": 3, "BAND": 400, "TOGETHER": 1200},
     "transposed": {"CHUNKS": 3, "BAND": 400, "TOGETHER": 1200},
     "pooling": {},
@@ -189,6 +190,19 @@ class _Memory:
         out = self.block(c, shape, (c_i, zero.itemsize), zero.dtype)
         out[...] = np.tensordot(left, right, 2) + (out if accumulate else 0)
 
+    def _both_sides(self, zero, name, adds, source, steps, target, to_steps):
+        matrix, lanes = (
+            np.array(dict(winograd.MATRICES)[name], zero.dtype),
+            winograd.VECTOR // zero.itemsize,
+        )
+        rows, columns = matrix.shape
+        squares = (columns, columns, lanes), (rows, rows, lanes)
+        x = self.block(source, squares[0], (*steps, zero.itemsize), zero.dtype)
+        y = self.block(target, squares[1], (*to_steps, zero.itemsize), zero.dtype)
+        found = np.einsum("ik,jl,klv->ijv", matrix, matrix, x)
+        for i, j in reversed(list(np.ndindex(rows, rows))):
+            y[i, j] = found[i, j] + (y[i, j] if adds else 0)
+
     def _turn_block(self, zero, source, down, target, to_down):
         n = memory_.VECTOR // zero.itemsize
         block = self.block(source, (n, n), (down, zero.itemsize), zero.dtype)
@@ -266,8 +280,8 @@ def interpreted():
         "address": memory.address, "pointer": memory.pointer, "size_of": memory.size,
         "_address": memory.address,
         "_blas": memory._blas, "_blas_threads": memory._blas_threads, "_tile": memory._tile,
-        "_turn_block": memory._turn_block, "_prefix": memory._prefix,
-        "carray": memory.carray, "empty": _spoilt,
+        "_turn_block": memory._turn_block, "_both_sides": memory._both_sides,
+        "_prefix": memory._prefix, "carray": memory.carray, "empty": _spoilt,
         "workspace": lambda dtype, size: _spoilt((size,), dtype),
         "_where": memory._where, "_where_mask": memory._where_mask,
     }  # fmt: skip

@@ -41,6 +41,7 @@ CHECKS = {
     "cpu.attention": ["attention"],
     "cpu.scores": ["attention"],
     "cpu.convolution": ["convolution"],
+    "cpu.winograd": ["winograd"],
     "cpu.windows": ["convolution", "transposed"],
     "cpu.transposed": ["transposed"],
     "cpu.memory": ["pooling", "convolution", "turning"],
@@ -60,6 +61,7 @@ ROOM = "there is only more room than is needed"
 DRAWN = "more words are drawn than are needed"
 NOTHING = "there is a piece more, of nothing"
 CHOICE = "there are two ways to the same result"
+TURNS = "threads share some room, and take turns here"
 BOTH = "that of two is 2 only for the numbers 0 and 2"
 
 #: What threads are worth is told by so many multiply-adds.
@@ -136,6 +138,23 @@ EQUAL: dict[str, dict[str, str]] = {
     },
     "cpu.microkernel.pack": {
         "b.strides[1] > 0 -> b.strides[1] <= 0": CHOICE,
+    },
+    "cpu.winograd.results": {
+        "tall + band - 1 -> tall + band + 1 (1)": NOTHING,
+        "n + images - 1 -> n + images + 1 (1)": NOTHING,
+        "o + width - 1 -> o + width + 1 (1)": NOTHING,
+        "part * each -> part + each (1)": TURNS,
+        "part * each * size -> part * each + size (1)": TURNS,
+        "2 * count -> 2 + count (1)": "rows of the next piece are finished before they are made",
+    },
+    "cpu.winograd._add_weights": {
+        "o + width - 1 -> o + width + 1 (1)": NOTHING,
+        "o - p * width -> o + p * width (1)": "columns that nobody looks at are made, too",
+    },
+    "cpu.winograd._add_images": {"c + width - 1 -> c + width + 1 (1)": NOTHING},
+    "cpu.winograd.gradients": {
+        "part * each * size -> part * each + size (1)": TURNS,
+        "tall - first -> tall + first (1)": "tiles that are all outside are taken along",
     },
     "cpu.windows.weight_sums": {"DEPTH + places // 2 -> DEPTH - places // 2": DIVISION},
     "cpu.pooling._max_row": {"i1 - i0 -> i1 + i0": BOTH, "j1 - j0 -> j1 + j0": BOTH},
