@@ -321,7 +321,7 @@ def _run_forward(
 
 def _run_backward(
     loops: CpuTemplate, call: Call, storage: str, g: Array, kept: Array, x: Array, weight: Array,
-    wants: tuple[bool, bool], shape: Shape, home: Array | None,
+    wants: tuple[bool, bool], home: Array | None,
 ) -> tuple[Array | None, Array | None, Array]:  # fmt: skip
     """Gradients of the input and of the weights, where wanted, and shares of that of the bias."""
     want_input, want_weight = wants
@@ -349,7 +349,7 @@ def _run_backward(
         address(packed), address(gx), address(sums), weights, address(biases), chunks,
         address(scratch), (room, g_room), at_once, parts,
     )  # fmt: skip
-    gw = call.unpacked(storage, sums, shape, home) if want_weight else None
+    gw = call.unpacked(storage, sums, weight.shape, home) if want_weight else None
     return gx if want_input else None, gw, biases
 
 
@@ -407,8 +407,7 @@ def convolution_backward(
     loops = _with_slope(winograd.gradients if tiles else _backward, activation)
     way = winograd.backward if tiles else _run_backward
     wants = bool(needs[0]), bool(needs[1])
-    gx, gw, biases = way(loops, call, storage, top, told, own, weight, wants, weight.shape,
-                         weight_home)  # fmt: skip
+    gx, gw, biases = way(loops, call, storage, top, told, own, weight, wants, weight_home)
     gb = np.add.reduce(biases, axis=(0, 1), out=bias_home) if needs[2] else None
     return None if gx is None else call.outside(gx, x.shape), gw, gb
 

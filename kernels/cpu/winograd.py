@@ -111,7 +111,8 @@ def _both_sides(typing, zero, name, adds, source, steps, target, to_steps):
     return types.void(zero, name, adds, word, pair, word, pair), code
 
 
-# As functions of their own their sums are not compiled as those of a loop are, in any order.
+# Functions of their own, for their sums: those of a loop may be compiled in any order, and not the
+# same one where a kernel is compiled for one thread and for several.
 
 
 @device
@@ -421,7 +422,7 @@ def forward(
 
 def backward(
     loops: Any, call: Any, storage: str, g: Array, kept: Array, x: Array, weight: Array,
-    wants: tuple[bool, bool], shape: tuple[int, ...], home: Array | None,
+    wants: tuple[bool, bool], home: Array | None,
 ) -> tuple[Array | None, Array | None, Array]:  # fmt: skip
     """Gradients of the input and of the weights, where wanted, and shares of that of the bias."""
     want_input, want_weight = wants
@@ -459,5 +460,5 @@ def backward(
     if want_weight:
         nine = np.empty((1, panels * 9 * call.c * width), x.dtype)
         _weights_out[storage](address(sums), chunks, panels, call.c * width, address(nine))
-        gw = call.unpacked(storage, nine, shape, home)
+        gw = call.unpacked(storage, nine, weight.shape, home)
     return gx if want_input else None, gw, biases

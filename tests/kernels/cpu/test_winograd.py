@@ -49,7 +49,7 @@ def test_where_it_is_not_taken(x, weight, given, why):
 def test_small_integers_are_exact(case):
     x, weight, given = CASES[case]
     rng = np.random.default_rng(0)
-    # Four times an integer, as the weights' basis has quarters.
+    # The quarters of the weights' basis are exact, too.
     arrays = [rng.integers(-4, 5, shape).astype(np.float32) for shape in (x, weight, weight[0])]
     kwargs = options(weight, "relu", **given)
     rows = call(x, weight, **given)
